@@ -1,0 +1,1 @@
+"""MSE-Adapter at the edge: sentiment and emotion from a clip and its transcript."""
