@@ -1,0 +1,54 @@
+"""The user's cache folder: small remembered facts (probe results, hashes, measurements).
+
+Everything here may be deleted at any time, and a folder that cannot be written costs speed,
+never correctness: `write_json` reports failure instead of raising.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+__all__ = ["cache_dir", "read_json", "write_json"]
+
+
+def cache_dir() -> Path:
+    """`$MSE_CACHE`, else `$XDG_CACHE_HOME/mse-runtime`, else `~/.cache/mse-runtime`.
+
+    Without a home folder it lies in the system's temporary folder. Nothing is created.
+    """
+    if override := os.environ.get("MSE_CACHE"):
+        return Path(override)
+    if xdg := os.environ.get("XDG_CACHE_HOME"):
+        return Path(xdg) / "mse-runtime"
+    try:
+        return Path.home() / ".cache" / "mse-runtime"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"mse-runtime-{os.getuid()}"
+
+
+def read_json(name: str) -> dict[str, Any]:
+    """The remembered facts in `name`, or an empty dict where there are none or they are damaged."""
+    try:
+        found = json.loads((cache_dir() / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_json(name: str, facts: dict[str, Any]) -> bool:
+    """Write `facts` atomically; False where the folder cannot be written."""
+    folder = cache_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=folder, prefix=f".{name}.", delete=False
+        ) as handle:
+            json.dump(facts, handle, indent=1)
+        Path(handle.name).replace(folder / name)
+    except OSError:
+        return False
+    return True
