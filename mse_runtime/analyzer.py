@@ -1,0 +1,298 @@
+"""From a clip and its transcript to an answer: the one room that knows all the others.
+
+The backbone loads in the background from the moment an `Analyzer` is opened, and features are
+extracted beside it. Where most of the prompt stands before the pseudo tokens (the pseudo-last
+layout), that part is prefilled while the clip is still being decoded, and the constant part of it
+is kept in the KV cache between utterances; after the last feature only the pseudo tokens and the
+tail remain. Otherwise (published layouts) the prompt is one all-embedding batch.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mse_runtime import background
+from mse_runtime.bundle import Bundle, Task, load_bundle
+from mse_runtime.errors import UsageError
+from mse_runtime.hub import resolve_bundle
+from mse_runtime.prompt import Prompt, build, check_text
+from mse_runtime.readout import Readout
+from mse_runtime.result import Prediction, Stopwatch
+
+if TYPE_CHECKING:
+    from mse_runtime.adapter import Adapter
+    from mse_runtime.backbone import Backbone
+    from mse_runtime.features.spec import Features
+
+__all__ = ["Analyzer"]
+
+Parity = Literal["published"]
+
+
+class Analyzer:
+    """A loaded bundle that answers for clips. Safe to share between threads: calls take turns.
+
+    Use as a context manager, or call `close`. Errors are `mse_runtime.errors.MSEError`s.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        n_gpu_layers: int | None = None,
+        low_memory: bool = False,
+        adapter: str = "auto",
+        require_gpu: bool = False,
+    ) -> None:
+        """Start loading `bundle` in the background; see `open` for the arguments."""
+        self.bundle = bundle
+        self.threads = threads
+        self._low_memory = low_memory
+        self._require_gpu = require_gpu
+        self._n_gpu_layers = n_gpu_layers
+        self._turn = threading.Lock()
+        self._readouts: dict[str, Readout] = {}
+        self._constant: NDArray[np.int32] = np.empty(0, np.int32)
+        self._load_seconds = 0.0
+        self.plan = self._make_plan()
+        self._backbone: Future[Backbone] = background.start(self._load_backbone, "mse-load")
+        self._adapter: Future[Adapter] = background.start(
+            lambda: self._load_adapter(adapter), "mse-adapter"
+        )
+
+    @classmethod
+    def open(
+        cls,
+        bundle: str | Path | Bundle = "tiny",
+        *,
+        threads: int | None = None,
+        n_gpu_layers: int | None = None,
+        low_memory: bool = False,
+        adapter: str = "auto",
+        require_gpu: bool = False,
+        offline: bool = False,
+    ) -> Analyzer:
+        """Open a bundle by built-in name, folder or `org/repo[@revision]`.
+
+        `threads`: None means the physical cores. `n_gpu_layers`: None lets the memory plan choose.
+        `low_memory` keeps the weights as the mapped file (slower, no repacked copy). `adapter`
+        names a backend of `mse_runtime.adapter`. `require_gpu` refuses to run without one.
+        """
+        if not isinstance(bundle, Bundle):
+            bundle = load_bundle(resolve_bundle(str(bundle), offline=offline))
+        return cls(
+            bundle,
+            threads=threads,
+            n_gpu_layers=n_gpu_layers,
+            low_memory=low_memory,
+            adapter=adapter,
+            require_gpu=require_gpu,
+        )
+
+    def __enter__(self) -> Analyzer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the backbone. Waits for a load in progress."""
+        with self._turn:
+            if self._backbone.exception() is None:
+                self._backbone.result().close()
+
+    def analyze(
+        self,
+        clip: str | Path,
+        text: str,
+        *,
+        task: str | None = None,
+        parity: Parity | None = None,
+        fps: float | None = None,
+        start: float | None = None,
+        end: float | None = None,
+        max_seconds: float = 60.0,
+        keep_frames: int = 0,
+    ) -> Prediction:
+        """Answer for a media file and its transcript.
+
+        `start`, `end` and `max_seconds` are seconds on the clip's clock; `fps` overrides the face
+        feature rate of the bundle's spec; `keep_frames` small pictures are kept for a plot. The
+        extracted features stay in `last_features` until the next call.
+        """
+        from mse_runtime.features.extract import extract
+
+        check_text(text)
+        watch = Stopwatch()
+        inputs = self.bundle.features
+        features = background.start(
+            lambda: extract(
+                clip,
+                audio_spec=inputs["audio"].spec,
+                face_spec=inputs["face"].spec,
+                fps=fps,
+                start=start,
+                end=end,
+                max_seconds=max_seconds,
+                threads=self.threads,
+                trace=watch.add,
+                keep_frames=keep_frames,
+            ),
+            "mse-features",
+        )
+        return self._answer(features, text, task, parity, str(clip), watch)
+
+    def analyze_features(
+        self,
+        features: Features,
+        text: str,
+        *,
+        task: str | None = None,
+        parity: Parity | None = None,
+        clip: str | None = None,
+    ) -> Prediction:
+        """Answer for features that were extracted before (`features.extract.load_npz`)."""
+        ready: Future[Features] = Future()
+        ready.set_result(features)
+        return self._answer(ready, check_text(text), task, parity, clip, Stopwatch())
+
+    def task(self, name: str | None) -> tuple[str, Task]:
+        """The task called `name`, or the bundle's default."""
+        name = name or self.bundle.default_task
+        if name not in self.bundle.tasks:
+            raise UsageError(
+                f"The bundle {self.bundle.name!r} has no task {name!r}. Its tasks are: "
+                f"{', '.join(self.bundle.tasks)}."
+            )
+        return name, self.bundle.tasks[name]
+
+    # -- one utterance ---------------------------------------------------------------------------
+
+    def _answer(
+        self,
+        features: Future[Features],
+        text: str,
+        task_name: str | None,
+        parity: Parity | None,
+        clip: str | None,
+        watch: Stopwatch,
+    ) -> Prediction:
+        name, task = self.task(task_name)
+        with self._turn:
+            backbone = self._loaded(watch)
+            readout = self._readout(name, task, backbone)
+            prompt = build(
+                backbone, task.prompt, self.bundle.text, text, self.bundle.adapter.n_pseudo
+            )
+            backbone.reserve(
+                len(prompt) + readout.trie.depth + task.max_new_tokens, readout.trie.n_paths
+            )
+            try:
+                with watch.stage("prefill"):
+                    waiting = self._prefill_early(backbone, prompt)
+                found = features.result()
+                with watch.stage("adapter"):
+                    pseudo = self._pseudo(backbone, prompt, found)
+                forced = readout.trie.prefix
+                tail = prompt.late if parity else np.concatenate([prompt.late, forced])
+                with watch.stage("prefill"):
+                    rows = [backbone.embed(waiting), pseudo, backbone.embed(tail)]
+                    first = backbone.prefill(np.concatenate(rows))
+                with watch.stage("readout"):
+                    generated = None
+                    if parity:
+                        generated = generate(backbone, first, task.kind, task.max_new_tokens)
+                        backbone.truncate(0, len(prompt))
+                        if len(forced):
+                            first = backbone.prefill(forced)
+                    answer = readout.score(backbone, first)
+            finally:
+                backbone.truncate(0, len(self._constant))
+            self.last_features = found
+        return Prediction(
+            task=name,
+            answer=answer,
+            text=text,
+            clip=clip,
+            warnings=self._warnings(prompt, found, backbone),
+            timing_ms=watch.stages | {"total": watch.total()},
+            memory_mb={"peak_rss": peak_rss_mb(), "vram": backbone.info.get("vram_mb")},
+            backend={"adapter": self._adapter.result().name, "backbone": backbone.info},
+            bundle={
+                "name": self.bundle.name,
+                "version": self.bundle.version,
+                "trained": self.bundle.training.status == "trained",
+            },
+            generated=generated,
+        )
+
+    def _prefill_early(self, backbone: Backbone, prompt: Prompt) -> NDArray[np.int32]:
+        """Prefill what stands before the pseudo tokens, if that pays; the ids still to be fed.
+
+        It pays where more of the prompt stands before the pseudo tokens than after. The batches are
+        cut at the same places whether or not the constant part is cached, so that an answer does
+        not depend on what was asked before.
+        """
+        early = prompt.early
+        if len(early) <= len(prompt.late):
+            return early
+        constant = early[: prompt.n_constant]
+        if not np.array_equal(constant, self._constant):
+            backbone.clear(0)
+            self._constant = np.empty(0, np.int32)
+            if len(constant):
+                backbone.prefill(backbone.embed(constant), logits="none")
+            self._constant = constant
+        if len(rest := early[len(constant) :]):
+            backbone.prefill(backbone.embed(rest), logits="none")
+        return early[:0]
+
+    def _pseudo(self, backbone: Backbone, prompt: Prompt, features: Features) -> Rows:
+        """The pseudo tokens [P, D] for one utterance."""
+        audio, n_audio = prepare(features.audio, self.bundle.features["audio"])
+        face, n_face = prepare(features.face, self.bundle.features["face"])
+        text = backbone.embed(prompt.text_ids)
+        one = np.ones(1, np.int64)
+        pseudo = self._adapter.result()(
+            audio[None], n_audio * one, face[None], n_face * one, text[None], len(text) * one
+        )
+        return pseudo[0]
+
+    def _warnings(self, prompt: Prompt, features: Features, backbone: Backbone) -> tuple[str, ...]:
+        found = [*features.warnings, *backbone.info.get("warnings", ())]
+        limit = self.bundle.text.max_tokens
+        if prompt.n_text_total > limit:
+            found.append(
+                f"The text is longer than the bundle's {limit} tokens; only its beginning is used."
+            )
+        if self.bundle.training.status != "trained":
+            found.append(
+                f"The bundle {self.bundle.name!r} is untrained: its answers mean nothing yet."
+            )
+        return tuple(found)
+
+    # -- loading ---------------------------------------------------------------------------------
+
+    def _loaded(self, watch: Stopwatch) -> Backbone:
+        backbone = self._backbone.result()
+        watch.add("load", self._load_seconds)
+        self._load_seconds = 0.0  # only the first answer pays for it
+        return backbone
+
+    def _readout(self, name: str, task: Task, backbone: Backbone) -> Readout:
+        if name not in self._readouts:
+            self._readouts[name] = Readout.build(task, backbone)
+        return self._readouts[name]

@@ -1,0 +1,323 @@
+"""`mse-run`: parse, call, print. The result goes to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mse_runtime.errors import MSEError, UsageError
+
+if TYPE_CHECKING:
+    from mse_runtime.analyzer import Analyzer
+    from mse_runtime.features.spec import Features
+    from mse_runtime.result import Prediction
+
+__all__ = ["main", "run"]
+
+EPILOG = """\b
+Examples:
+  mse-run clip.mp4 "I really love it"
+  mse-run clip.mp4 "I really love it" --task emotion --json
+  mse-run clip.mp4 "I really love it" --start 12.5 --end 16 --plot answer.png
+  mse-run --features clip.npz "I really love it" --bundle ./my-bundle
+  mse-run clip.mp4 --features-only -o clip.npz
+  mse-run --plan --bundle ./llama2-7b-mosei
+
+\b
+Exit codes: 0 ok, 2 usage, 3 bad media, 4 bad bundle, 5 device or memory,
+6 backbone, 130 interrupted.
+"""
+
+
+@click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("arguments", nargs=-1, metavar="[CLIP] [TEXT]")
+@click.option(
+    "--bundle",
+    default="tiny",
+    show_default=True,
+    help="Built-in name, folder, or org/repo[@revision] on the Hugging Face hub.",
+)
+@click.option("--task", help="One of the bundle's tasks (default: the bundle's own default).")
+@click.option(
+    "--features",
+    type=click.Path(path_type=Path),
+    metavar="FILE.npz",
+    help="Use these features (audio [T, da], video [T, dv]) instead of a clip.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
+@click.option("--jsonl", is_flag=True, help="Print the result as one line of JSON.")
+@click.option(
+    "--parity",
+    type=click.Choice(["published"]),
+    help="Generate greedily and parse as the published code does.",
+)
+@click.option("--start", type=click.FloatRange(min=0), help="Begin here (seconds).")
+@click.option("--end", type=click.FloatRange(min=0), help="Stop here (seconds).")
+@click.option(
+    "--max-seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=60.0,
+    show_default=True,
+    help="Longest stretch to read.",
+)
+@click.option(
+    "--fps",
+    type=click.FloatRange(min=0, min_open=True, max=60),
+    help="Face features per second (default: the bundle's feature spec).",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="Threads (default: physical cores).")
+@click.option(
+    "--n-gpu-layers",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Layers on the GPU (default: what the memory plan says).",
+)
+@click.option("--require-gpu", is_flag=True, help="Fail where no GPU is used.")
+@click.option(
+    "--low-memory",
+    is_flag=True,
+    help="Keep the weights as the mapped file: slower, no repacked copy.",
+)
+@click.option(
+    "--adapter",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "onnx", "kernels-cpu", "kernels-cuda", "numpy"]),
+    help="Which implementation runs the adapter.",
+)
+@click.option(
+    "--plan",
+    is_flag=True,
+    help="Print the memory plan before loading, and the measurement afterwards. "
+    "Without a clip: the plan alone.",
+)
+@click.option("--features-only", is_flag=True, help="Write the features to -o FILE.npz and stop.")
+@click.option("--explain-features", is_flag=True, help="Print the tables of the feature specs.")
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="OUT.png",
+    help="Draw frames, mesh, pitch, loudness and the answer on one timeline.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Where --features-only writes.",
+)
+@click.option("--offline", is_flag=True, help="Never use the network.")
+@click.option("-v", "--verbose", is_flag=True, help="Say more on stderr.")
+@click.version_option(package_name="mse-runtime")
+def run(arguments: tuple[str, ...], **options: Any) -> None:
+    """The sentiment or emotion of a person in CLIP who says TEXT.
+
+    CLIP is any audio or video file; TEXT is what is said in it. Everything runs offline on this
+    machine. The result goes to stdout, progress and warnings to stderr.
+    """
+    if options["verbose"]:
+        import logging
+
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    if options["explain_features"]:
+        _explain(options)
+    elif options["features_only"]:
+        _features_only(arguments, options)
+    elif options["plan"] and not arguments:
+        _plan_only(options)
+    else:
+        _answer(arguments, options)
+
+
+def _answer(arguments: tuple[str, ...], options: dict[str, Any]) -> None:
+    from mse_runtime.prompt import check_text
+
+    wanted = 1 if options["features"] else 2
+    if len(arguments) != wanted:
+        raise UsageError(
+            'Give the text alone with --features: mse-run --features f.npz "what is said".'
+            if options["features"]
+            else 'Give a clip and its text: mse-run clip.mp4 "what is said". See mse-run --help.'
+        )
+    text = check_text(arguments[-1])
+    clip = None if options["features"] else Path(arguments[0])
+    if clip is not None:
+        _check_clip(clip)
+    if options["plot"] and options["features"]:
+        raise UsageError("--plot needs the clip itself, not --features: it draws its frames.")
+    with _open(options) as analyzer:
+        if options["plan"]:
+            _print_plan(analyzer.plan.rows(), "Memory plan", sys.stderr)
+        if clip is None:
+            prediction = analyzer.analyze_features(
+                _load_features(options["features"]),
+                text,
+                task=options["task"],
+                parity=options["parity"],
+            )
+        else:
+            prediction = analyzer.analyze(
+                clip,
+                text,
+                task=options["task"],
+                parity=options["parity"],
+                fps=options["fps"],
+                start=options["start"],
+                end=options["end"],
+                max_seconds=options["max_seconds"],
+                keep_frames=8 if options["plot"] else 0,
+            )
+        _report(analyzer, prediction, options)
+
+
+def _report(analyzer: Analyzer, prediction: Prediction, options: dict[str, Any]) -> None:
+    for warning in prediction.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    if options["jsonl"]:
+        click.echo(json.dumps(prediction.to_dict(), ensure_ascii=False))
+    elif options["json"]:
+        click.echo(json.dumps(prediction.to_dict(), ensure_ascii=False, indent=2))
+    else:
+        from rich.console import Console
+
+        from mse_runtime.render import print_prediction
+
+        print_prediction(prediction, analyzer.task(prediction.task)[1], Console(highlight=False))
+    if options["plan"]:
+        measured = prediction.memory_mb["peak_rss"] or 0.0
+        _print_plan(
+            analyzer.plan.rows(measured_rss_mb=measured), "Planned and measured", sys.stderr
+        )
+    if options["plot"]:
+        from mse_runtime.plot import plot_prediction
+
+        plot_prediction(analyzer.last_features, prediction.to_dict(), options["plot"])
+        click.echo(f"picture: {options['plot']}", err=True)
+
+
+def _features_only(arguments: tuple[str, ...], options: dict[str, Any]) -> None:
+    from mse_runtime.bundle import load_bundle
+    from mse_runtime.features.extract import extract, save_npz
+    from mse_runtime.hub import resolve_bundle
+
+    if len(arguments) != 1 or not options["output"]:
+        raise UsageError(
+            "Give one clip and where to write: mse-run clip.mp4 --features-only -o f.npz"
+        )
+    clip = Path(arguments[0])
+    _check_clip(clip)
+    inputs = load_bundle(resolve_bundle(options["bundle"], offline=options["offline"])).features
+    features = extract(
+        clip,
+        audio_spec=inputs["audio"].spec,
+        face_spec=inputs["face"].spec,
+        fps=options["fps"],
+        start=options["start"],
+        end=options["end"],
+        max_seconds=options["max_seconds"],
+        threads=options["threads"],
+    )
+    for warning in features.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    save_npz(options["output"], features)
+    for name, track in (("audio", features.audio), ("face", features.face)):
+        shape = "missing" if track is None else f"{track.spec}, {track.values.shape}"
+        click.echo(f"{name}: {shape}")
+
+
+def _explain(options: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from mse_runtime.features.spec import get_spec, known_specs
+
+    console = Console()
+    for spec_id in known_specs():
+        spec = get_spec(spec_id)
+        table = Table("column", "unit", "fidelity", "note", title=f"{spec.id}: {spec.description}")
+        for column in spec.columns:
+            table.add_row(column.name, column.unit, column.fidelity, column.note)
+        console.print(table)
+
+
+def _plan_only(options: dict[str, Any]) -> None:
+    from mse_runtime.analyzer import make_plan
+    from mse_runtime.bundle import load_bundle
+    from mse_runtime.hub import resolve_bundle
+
+    bundle = load_bundle(resolve_bundle(options["bundle"], offline=options["offline"]))
+    plan = make_plan(
+        bundle,
+        n_gpu_layers=options["n_gpu_layers"],
+        low_memory=options["low_memory"],
+        threads=options["threads"],
+        require_gpu=options["require_gpu"],
+    )
+    _print_plan(plan.rows(), f"Memory plan of {bundle.name}", sys.stdout)
+
+
+def _open(options: dict[str, Any]) -> Analyzer:
+    from mse_runtime.analyzer import Analyzer
+
+    return Analyzer.open(
+        options["bundle"],
+        threads=options["threads"],
+        n_gpu_layers=options["n_gpu_layers"],
+        low_memory=options["low_memory"],
+        adapter=options["adapter"],
+        require_gpu=options["require_gpu"],
+        offline=options["offline"],
+    )
+
+
+def _load_features(path: Path) -> Features:
+    from mse_runtime.features.extract import load_npz
+
+    return load_npz(path)
+
+
+def _check_clip(clip: Path) -> None:
+    """Refuse a path that cannot be a clip before the model starts loading."""
+    from mse_runtime.media import check_file
+
+    check_file(clip)
+
+
+def _print_plan(rows: list[tuple[str, ...]], title: str, stream: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    head, *body = rows
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(head):
+        table.add_column(name, justify="left" if i == 0 else "right")
+    for row in body:
+        table.add_row(*row)
+    Console(file=stream).print(table)
+
+
+def main() -> None:
+    """Entry point: errors become one paragraph on stderr and the documented exit code."""
+    try:
+        run(standalone_mode=False)
+    except MSEError as error:
+        click.echo(f"mse-run: {error}", err=True)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("mse-run: interrupted", err=True)
+        sys.stdout.flush()
+        # A model may still be loading in a thread of native code: do not wait for it.
+        os._exit(130)
+    except BrokenPipeError:
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""A trie over tokenised labels: the set of answers a task can give.
+
+Scoring a known set needs logits only where the trie branches. Tokens that every label starts with
+are forced and can be prefilled with the prompt; forced steps further down cost positions but no
+decision. Labels that are a prefix of another cannot be told apart this way and are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mse_runtime.errors import BundleError
+
+__all__ = ["LabelTrie"]
+
+Logits = NDArray[np.float32]
+Probabilities = NDArray[np.float64]
+ROOT = -1
+
+
+@dataclass
+class _Node:
+    """One token of the trie; `children` maps a token id to a node's number."""
+
+    token: int
+    parent: int
+    children: dict[int, int] = field(default_factory=dict)
+    label: int | None = None
+
+
+@dataclass(frozen=True)
+class LabelTrie:
+    """A trie over token sequences.
+
+    `prefix` [k] are the ids that every label starts with. `tokens` [n] and `parents` [n] describe
+    the nodes whose logits are needed to score the labels after the prefix (-1: the end of the
+    prefix), parents before children: exactly what `Backbone.decode_tree` takes.
+    """
+
+    prefix: NDArray[np.int32]
+    tokens: NDArray[np.int32]
+    parents: NDArray[np.int32]
+    n_labels: int
+    depth: int
+    n_paths: int
+    _steps: tuple[tuple[int, tuple[int, ...], tuple[tuple[int, ...], ...]], ...]
+
+    @classmethod
+    def build(cls, labels: Sequence[Sequence[int]]) -> LabelTrie:
+        """The trie of `labels`: non-empty sequences of token ids, prefix-free and distinct."""
+        nodes = _grow(labels)
+        start, prefix = 0, []
+        while len(nodes[start].children) == 1 and nodes[start].label is None:
+            start = next(iter(nodes[start].children.values()))
+            if nodes[start].label is not None:  # a single label: nothing to decide
+                break
+            prefix.append(nodes[start].token)
+        inner = _inner(nodes, start)
+        place = {number: i for i, number in enumerate(inner)} | {start: ROOT}
+        steps = tuple(
+            (
+                place[number],
+                tuple(nodes[number].children),
+                tuple(tuple(_labels_under(nodes, c)) for c in nodes[number].children.values()),
+            )
+            for number in (start, *inner)
+            if len(nodes[number].children) > 1
+        )
+        leaves = [n for n in inner if not any(c in place for c in nodes[n].children.values())]
+        return cls(
+            prefix=np.array(prefix, np.int32),
+            tokens=np.array([nodes[n].token for n in inner], np.int32),
+            parents=np.array([place[nodes[n].parent] for n in inner], np.int32),
+            n_labels=len(labels),
+            depth=max(len(ids) for ids in labels),
+            n_paths=len(leaves),
+            _steps=steps,
+        )
+
+    def log_probabilities(
+        self, first: Logits, tree: Logits | None, temperature: float = 1.0
+    ) -> Probabilities:
+        """Log-probability of every label [n_labels], normalised over the labels.
+
+        `first` [n_vocab] are the logits after the prefix, `tree` [n, n_vocab] those after each of
+        `tokens`. At each branch the softmax runs over the branch's tokens alone.
+        """
+        scores = np.zeros(self.n_labels)
+        for place, tokens, under in self._steps:
+            row = first if place == ROOT or tree is None else tree[place]
+            logits = row[list(tokens)].astype(np.float64) / temperature
+            logits -= np.logaddexp.reduce(logits)
+            for value, labels in zip(logits, under, strict=True):
+                scores[list(labels)] += value
+        return scores
+
+
+def _grow(labels: Sequence[Sequence[int]]) -> list[_Node]:
+    nodes = [_Node(token=-1, parent=ROOT)]
+    for index, ids in enumerate(labels):
+        at = 0
+        for token in ids:
+            if nodes[at].label is not None:
+                raise _not_prefix_free(labels, index, nodes[at].label)
+            if token not in nodes[at].children:
+                nodes[at].children[int(token)] = len(nodes)
+                nodes.append(_Node(token=int(token), parent=at))
+            at = nodes[at].children[token]
+        if at == 0:
+            raise BundleError(f"Label number {index} has no token under this bundle's tokeniser.")
+        if nodes[at].label is not None or nodes[at].children:
+            raise _not_prefix_free(labels, index, next(_labels_under(nodes, at)))
+        nodes[at].label = index
+    return nodes
+
+
+def _not_prefix_free(labels: Sequence[Sequence[int]], one: int, other: int) -> BundleError:
+    return BundleError(
+        f"The labels number {one} and {other} have token sequences of which one starts with the "
+        f"other ({list(labels[one])} and {list(labels[other])}), so they cannot be scored. Change "
+        "the labels' texts in the bundle's manifest."
+    )
+
+
+def _inner(nodes: list[_Node], start: int) -> list[int]:
+    """Nodes below `start` that lead to a later branch or are one, breadth first."""
+    needed: set[int] = set()
+    for number, node in enumerate(nodes):
+        if len(node.children) > 1:
+            at = number
+            while at not in (start, 0) and at not in needed:
+                needed.add(at)
+                at = nodes[at].parent
+    queue, order = [start], []
+    for number in queue:
+        below = [child for child in nodes[number].children.values() if child in needed]
+        queue.extend(below)
+        order.extend(below)
+    return order
+
+
+def _labels_under(nodes: list[_Node], number: int) -> Iterator[int]:
+    node = nodes[number]
+    if node.label is not None:
+        yield node.label
+    for child in node.children.values():
+        yield from _labels_under(nodes, child)

@@ -1,0 +1,146 @@
+"""From logits to an answer: a distribution over the task's labels.
+
+The label set of a task is known, so nothing is generated to classify: the labels' tokens form a
+trie (`labels`) that is scored from the prompt's last logits and at most one further
+`llama_decode`. Regression walks the trie of the printable numbers and reports the expected value,
+the arg max and the standard deviation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mse_runtime.labels import LabelTrie
+from mse_runtime.prompt import Tokenizer
+
+if TYPE_CHECKING:
+    from mse_runtime.bundle import Task
+
+__all__ = ["Answer", "Readout", "label_texts", "number_grid"]
+
+Logits = NDArray[np.float32]
+
+# Seven-step wording of the MOSI/MOSEI annotation scheme (Zadeh et al. 2016), for -3..3.
+INTENSITY = (
+    "strongly negative",
+    "negative",
+    "weakly negative",
+    "neutral",
+    "weakly positive",
+    "positive",
+    "strongly positive",
+)
+
+
+class TreeDecoder(Protocol):
+    """What a readout needs of a backbone."""
+
+    def decode_tree(
+        self, tokens: NDArray[np.int32], parents: NDArray[np.int32], *, seq: int = 0
+    ) -> Logits: ...
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said.
+
+    Classification: `label` is the most probable class, `probabilities` has one entry per class.
+    Regression: `value` is the expected value, `mode` the most probable number, `std` the
+    distribution's standard deviation, `distribution` [(number, probability)] in rising order;
+    `label` words the value and `probabilities` sums negative, neutral and positive numbers.
+    `log_scores` [n_labels] are before normalisation by temperature fitting (at the task's own
+    temperature), in label order.
+    """
+
+    value: float | None
+    label: str
+    probabilities: dict[str, float]
+    log_scores: NDArray[np.float64]
+    mode: float | None = None
+    std: float | None = None
+    distribution: tuple[tuple[float, float], ...] | None = None
+
+
+def number_grid(low: float, high: float, step: float) -> NDArray[np.float64]:
+    """All numbers a regression task can answer, rising, exact to the step's decimals."""
+    count = round((high - low) / step)
+    decimals = max(0, -int(np.floor(np.log10(step))))
+    return np.round(low + step * np.arange(count + 1), decimals) + 0.0  # no negative zero
+
+
+def label_texts(task: Task) -> list[str]:
+    """The texts whose tokens are scored, in the order of the answer's labels."""
+    if task.kind == "classification":
+        return [label.text for label in task.labels]
+    low, high = task.range or (-1.0, 1.0)
+    form = task.number_format or "{:.1f}"
+    return [form.format(number) for number in number_grid(low, high, task.step or 0.1)]
+
+
+@dataclass(frozen=True)
+class Readout:
+    """A task's label trie, ready to score."""
+
+    task: Task
+    trie: LabelTrie
+
+    @classmethod
+    def build(cls, task: Task, tokenizer: Tokenizer) -> Readout:
+        """Tokenise the task's labels as the training does: each text alone, no BOS."""
+        return cls(
+            task, LabelTrie.build([list(tokenizer.tokenize(text)) for text in label_texts(task)])
+        )
+
+    def score(
+        self,
+        backbone: TreeDecoder,
+        first: Logits,
+        *,
+        seq: int = 0,
+        temperature: float | None = None,
+    ) -> Answer:
+        """The answer from `first` [n_vocab], the logits after prompt and trie prefix.
+
+        `temperature` overrides the calibrated one of the task.
+        """
+        trie = self.trie
+        tree = (
+            backbone.decode_tree(trie.tokens, trie.parents, seq=seq) if len(trie.tokens) else None
+        )
+        chosen = self.task.temperature if temperature is None else temperature
+        return self.answer(trie.log_probabilities(first, tree, chosen))
+
+    def answer(self, log_scores: NDArray[np.float64]) -> Answer:
+        """The answer for log-probabilities over the labels."""
+        weights = np.exp(log_scores - log_scores.max())
+        weights /= weights.sum()
+        if self.task.kind == "classification":
+            names = [label.name for label in self.task.labels]
+            best = int(weights.argmax())
+            table = dict(zip(names, map(float, weights), strict=True))
+            return Answer(None, names[best], table, log_scores)
+        low, high = self.task.range or (-1.0, 1.0)
+        grid = number_grid(low, high, self.task.step or 0.1)
+        mean = float(weights @ grid)
+        return Answer(
+            value=mean,
+            label=intensity(mean, max(abs(low), abs(high))),
+            probabilities={
+                "negative": float(weights[grid < 0].sum()),
+                "neutral": float(weights[grid == 0].sum()),
+                "positive": float(weights[grid > 0].sum()),
+            },
+            log_scores=log_scores,
+            mode=float(grid[weights.argmax()]),
+            std=float(np.sqrt(weights @ (grid - mean) ** 2)),
+            distribution=tuple(zip(map(float, grid), map(float, weights), strict=True)),
+        )
+
+
+def intensity(value: float, top: float) -> str:
+    """The word for `value` on a scale from -top to top."""
+    return INTENSITY[int(np.clip(np.round(value / top * 3), -3, 3)) + 3]
