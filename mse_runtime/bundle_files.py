@@ -162,13 +162,15 @@ def check_gguf(bundle: Bundle) -> None:
         check_file(path, ref.size, ref.sha256)
     from mse_runtime.gguf import Gguf
 
-    header, wanted = Gguf.open(path), bundle.backbone
-    for name, found, expected in (
-        ("arch", header.arch, wanted.arch),
-        ("n_embd", header.n_embd, wanted.n_embd),
-        ("n_vocab", header.n_vocab, wanted.n_vocab),
-        ("n_layer", header.n_layer, wanted.n_layer),
-    ):
+    wanted = bundle.backbone
+    with Gguf.open(path) as header:
+        pairs = (
+            ("arch", header.arch, wanted.arch),
+            ("n_embd", header.n_embd, wanted.n_embd),
+            ("n_vocab", header.n_vocab, wanted.n_vocab),
+            ("n_layer", header.n_layer, wanted.n_layer),
+        )
+    for name, found, expected in pairs:
         if found != expected:
             raise MismatchError(
                 f"{path} is another language model than the adapter was trained for: its {name} "
