@@ -1,0 +1,29 @@
+"""How many threads llama.cpp should get: one for each physical core this process may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+__all__ = ["physical_cores"]
+
+_TOPOLOGY = Path("/sys/devices/system/cpu")
+
+
+def physical_cores() -> int:
+    """Distinct physical cores among the CPUs of this process's affinity mask, at least 1.
+
+    Two hyper-threads of a core share its multipliers: a second thread there slows matmuls down.
+    Where the topology is not readable, every allowed CPU counts.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return max(1, os.cpu_count() or 1)
+    allowed = os.sched_getaffinity(0)
+    cores = set()
+    for cpu in allowed:
+        try:
+            siblings = _TOPOLOGY / f"cpu{cpu}" / "topology" / "thread_siblings_list"
+            cores.add(siblings.read_text(encoding="ascii").strip())
+        except OSError:
+            cores.add(str(cpu))
+    return max(1, len(cores))

@@ -1,0 +1,196 @@
+"""llama.cpp's shared library: loading it late and light, its log, its devices, its identity."""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+import threading
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mse_runtime.errors import BackboneError
+
+__all__ = ["Device", "build_id", "devices", "folder", "load", "log_errors", "log_lines", "log_mark"]
+
+_PACKAGE = "llama_cpp"
+_LEVELS = {1: "info", 2: "warn", 3: "error", 4: "debug"}
+_lock = threading.Lock()
+_library: Any = None
+_log: collections.deque[tuple[int, str, str]] = collections.deque(maxlen=600)
+_log_count = 0
+_keep_alive: list[Any] = []
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that llama.cpp was built for and can see."""
+
+    name: str
+    description: str
+    kind: str
+    """`cpu`, `gpu`, `igpu` or `accel`."""
+    free: int
+    """Bytes; 0 where the backend doesn't say."""
+    total: int
+
+
+def folder() -> Path:
+    """Where the shared libraries lie (`LLAMA_CPP_LIB_PATH`, else inside the installed package).
+
+    Raises BackboneError where llama-cpp-python is not installed; nothing is loaded.
+    """
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise BackboneError(
+            "llama.cpp's Python binding is not installed, so no language model can run. Install "
+            "it with: pip install 'mse-runtime[llama]' (it compiles for some minutes)."
+        )
+    if override := os.environ.get("LLAMA_CPP_LIB_PATH"):
+        return Path(override)
+    return Path(spec.submodule_search_locations[0]) / "lib"
+
+
+def build_id() -> str:
+    """A short name of this build: it changes whenever a library file does. Nothing is loaded."""
+    digest = hashlib.sha256()
+    for path in sorted(folder().glob("*")):
+        if path.is_file() and path.suffix in (".so", ".dylib", ".dll"):
+            stat = path.stat()
+            digest.update(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def load() -> Any:
+    """The low-level bindings (`llama_cpp.llama_cpp`), loaded once, llama.cpp's log redirected.
+
+    Raises BackboneError where the library is missing or too old.
+    """
+    global _library
+    with _lock:
+        if _library is None:
+            where = folder()
+            try:
+                lib = _import_bindings()
+            except (ImportError, OSError, RuntimeError, AttributeError) as error:
+                raise BackboneError(
+                    f"llama.cpp's library in {where} cannot be loaded: {error}. Reinstall it with: "
+                    "pip install --force-reinstall --no-cache-dir 'mse-runtime[llama]'"
+                ) from error
+            _redirect_log(lib)
+            lib.llama_backend_init()
+            _library = lib
+        return _library
+
+
+def _import_bindings() -> Any:
+    """`llama_cpp.llama_cpp` without the package's own `__init__`.
+
+    That one imports chat templates, a disk cache and a server's types, 0.15 s that nothing here
+    uses. An empty package of the same name stands in during the import and is taken away again,
+    so that a later `import llama_cpp` works as ever.
+    """
+    name = f"{_PACKAGE}.{_PACKAGE}"
+    if _PACKAGE in sys.modules or name in sys.modules:
+        return importlib.import_module(name)
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or spec.submodule_search_locations is None:
+        return importlib.import_module(name)
+    shell = types.ModuleType(_PACKAGE)
+    shell.__path__ = list(spec.submodule_search_locations)
+    sys.modules[_PACKAGE] = shell
+    try:
+        return importlib.import_module(name)
+    finally:
+        if sys.modules.get(_PACKAGE) is shell:
+            del sys.modules[_PACKAGE]
+
+
+# The log
+
+
+def _redirect_log(lib: Any) -> None:
+    """llama.cpp writes hundreds of lines to stderr; keep the last ones and show them on errors."""
+
+    def keep(level: int, text: bytes, _user: Any) -> None:
+        global _log_count
+        try:
+            line = text.decode("utf-8", errors="replace").rstrip("\n")
+            if level == 5 and _log:  # a continuation of the line before
+                number, kind, begun = _log.pop()
+                _log.append((number, kind, begun + line))
+            elif line:
+                _log_count += 1
+                _log.append((_log_count, _LEVELS.get(level, "info"), line))
+        except Exception:  # an exception cannot pass through C; losing a log line is harmless
+            return
+
+    callback = lib.llama_log_callback(keep)
+    _keep_alive.append(callback)
+    lib.llama_log_set(callback, ctypes.c_void_p(0))
+
+
+def log_mark() -> int:
+    """A mark for `log_lines(since=...)`."""
+    return _log_count
+
+
+def log_lines(since: int = 0) -> list[str]:
+    """llama.cpp's kept log lines after a mark, oldest first."""
+    return [line for number, _, line in list(_log) if number > since]
+
+
+def log_errors(since: int = 0, limit: int = 4) -> str:
+    """The last warnings and errors after a mark as one line, or an empty string."""
+    found = [
+        line for number, kind, line in list(_log) if number > since and kind in ("warn", "error")
+    ]
+    return " | ".join(found[-limit:])
+
+
+# Devices
+
+
+def devices() -> list[Device]:
+    """The devices llama.cpp can use, the CPU included."""
+    lib = load()
+    ggml = lib._lib  # libllama links libggml, so its symbols resolve through the same handle
+    kinds = {0: "cpu", 1: "gpu", 2: "igpu", 3: "accel"}
+    try:
+        count = ggml.ggml_backend_dev_count
+        get, name, description = (
+            ggml.ggml_backend_dev_get,
+            ggml.ggml_backend_dev_name,
+            ggml.ggml_backend_dev_description,
+        )
+        memory, kind = ggml.ggml_backend_dev_memory, ggml.ggml_backend_dev_type
+    except AttributeError:
+        return []
+    count.restype = ctypes.c_size_t
+    get.restype, get.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    for function in (name, description):
+        function.restype, function.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
+    memory.restype = None
+    memory.argtypes = [ctypes.c_void_p] + [ctypes.POINTER(ctypes.c_size_t)] * 2
+    kind.restype, kind.argtypes = ctypes.c_int, [ctypes.c_void_p]
+    found = []
+    for index in range(count()):
+        device = get(index)
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        memory(device, ctypes.byref(free), ctypes.byref(total))
+        found.append(
+            Device(
+                name=(name(device) or b"").decode(errors="replace"),
+                description=(description(device) or b"").decode(errors="replace"),
+                kind=kinds.get(kind(device), "accel"),
+                free=int(free.value),
+                total=int(total.value),
+            )
+        )
+    return found

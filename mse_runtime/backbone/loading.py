@@ -1,0 +1,237 @@
+"""Opening a model: options, the checks before llama.cpp sees the file, and what came of it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mse_runtime.backbone import cpu, library
+from mse_runtime.errors import BackboneError
+from mse_runtime.gguf import Gguf
+
+__all__ = ["Handles", "Options", "load_model", "make_context"]
+
+_KV_TYPES = {"f32": 0, "f16": 1}
+_MMAP, _READ = 1, 0  # llama_load_mode
+_PLAIN_ROPE = {-1, 0, 2}  # none, norm, neox; the others take several positions for each token
+_BUFFER = re.compile(r":\s+(\S+)\s+(model|KV|compute|output) buffer size\s*=\s*([\d.]+) MiB")
+_OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is opened; `Backbone.open` documents each."""
+
+    n_ctx: int = 512
+    n_seq_max: int = 1
+    threads: int | None = None
+    n_gpu_layers: int = 0
+    kv_type: str = "f16"
+    low_memory: bool = False
+    extra_bufts: bool | None = None
+    flash_attention: bool | None = None
+    n_outputs_max: int = 32
+    tree_width: int = 16
+
+    def checked(self) -> Options:
+        """The same with defaults filled in and `n_ctx` rounded up to llama.cpp's step of 256."""
+        _check_range("n_ctx", self.n_ctx, 1, 1 << 20)
+        _check_range("n_seq_max", self.n_seq_max, 1, 256)
+        _check_range("tree_width", self.tree_width, 0, 256 - self.n_seq_max)
+        _check_range("n_gpu_layers", self.n_gpu_layers, -1, 1 << 16)
+        n_ctx = -(-self.n_ctx // 256) * 256
+        n_sequences = self.n_seq_max + self.tree_width
+        _check_range("n_outputs_max", self.n_outputs_max, 1, n_ctx)
+        threads = cpu.physical_cores() if self.threads is None else self.threads
+        _check_range("threads", threads, 1, 512)
+        if self.kv_type not in _KV_TYPES:
+            raise BackboneError(f"kv_type must be 'f16' or 'f32', not {self.kv_type!r}.")
+        # llama.cpp sizes its output buffer for one output of each sequence, and aborts otherwise.
+        outputs = min(n_ctx, max(self.n_outputs_max, n_sequences))
+        return replace(self, n_ctx=n_ctx, threads=threads, n_outputs_max=outputs)
+
+
+@dataclass(frozen=True)
+class Handles:
+    """The C objects behind a Backbone, and what llama.cpp reported about them."""
+
+    lib: Any
+    model: Any
+    context: Any
+    vocab: Any
+    info: dict[str, Any]
+
+
+def _check_range(name: str, value: int, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise BackboneError(f"{name} must be a whole number in {low} .. {high}, not {value!r}.")
+
+
+def load_model(gguf: Gguf, options: Options, progress: Callable[[float], None] | None) -> Handles:
+    """Load `gguf` and make a context for it; everything is freed again if a step fails.
+
+    Raises BackboneError with llama.cpp's own last words.
+    """
+    _check_file(gguf)
+    lib = library.load()
+    extra, warnings = _extra_bufts(options)
+    mark = library.log_mark()
+    model = _load_weights(lib, gguf.path, options, extra, progress, mark)
+    try:
+        _check_model(lib, model, gguf)
+        context = make_context(lib, model, options)
+    except BaseException:
+        lib.llama_model_free(model)
+        raise
+    info = _describe(lib, options, extra, warnings, library.log_lines(mark))
+    return Handles(lib, model, context, lib.llama_model_get_vocab(model), info)
+
+
+def _check_file(gguf: Gguf) -> None:
+    n_vocab, n_embd = gguf.n_vocab, gguf.n_embd
+    if gguf.tensors["token_embd.weight"].shape[1] != n_embd:
+        raise BackboneError(
+            f"{gguf.path} contradicts itself: its embedding table is "
+            f"{gguf.tensors['token_embd.weight'].shape[1]} wide, its metadata say {n_embd}. "
+            "Export or download the model again."
+        )
+    tokens = gguf.array_length("tokenizer.ggml.tokens")
+    if tokens and tokens != n_vocab:
+        raise BackboneError(
+            f"{gguf.path} contradicts itself: {tokens} tokens in the vocabulary, {n_vocab} rows in "
+            "the embedding table. Export or download the model again."
+        )
+
+
+def _extra_bufts(options: Options) -> tuple[bool, list[str]]:
+    """Whether weights may be repacked, and what to tell the user about it."""
+    if options.low_memory:
+        return False, []
+    if options.extra_bufts is not None:
+        return options.extra_bufts, []
+    return True, []
+
+
+def _load_weights(
+    lib: Any,
+    path: Path,
+    options: Options,
+    extra: bool,
+    progress: Callable[[float], None] | None,
+    mark: int,
+) -> Any:
+    params = lib.llama_model_default_params()
+    params.n_gpu_layers = options.n_gpu_layers
+    params.use_extra_bufts = extra
+    params.load_mode = _MMAP
+    no_devices = (ctypes.c_void_p * 1)(None)
+    if options.n_gpu_layers == 0:  # an empty list: no GPU context (some 300 MB) is made
+        params.devices = ctypes.cast(no_devices, ctypes.c_void_p)
+    raised: list[BaseException] = []
+
+    def report(fraction: float, _user: Any) -> bool:
+        try:
+            if progress is not None:
+                progress(float(fraction))
+        except BaseException as error:  # carried past the C frames and raised below
+            raised.append(error)
+            return False
+        return True
+
+    callback = lib.llama_progress_callback(report)
+    params.progress_callback = callback
+    model = lib.llama_model_load_from_file(os.fsencode(path), params)
+    if raised:
+        if model:
+            lib.llama_model_free(model)
+        raise raised[0]
+    if not model:
+        raise BackboneError(
+            f"llama.cpp cannot load {path}: {library.log_errors(mark) or 'no reason given'}. If it "
+            "is short of memory try --low-memory; if the model is unknown to it, use one of the "
+            "architectures llama, qwen, qwen2, chatglm."
+        )
+    return model
+
+
+def _check_model(lib: Any, model: Any, gguf: Gguf) -> None:
+    """Refuse what the embedding path of llama.cpp has other rules for."""
+    why = ""
+    if lib.llama_model_has_encoder(model) or not lib.llama_model_has_decoder(model):
+        why = "it has an encoder; only decoder-only models answer after a prompt"
+    elif lib.llama_model_is_recurrent(model) or lib.llama_model_is_hybrid(model):
+        why = "it keeps a recurrent state, which cannot be truncated or shared between sequences"
+    elif lib.llama_model_rope_type(model) not in _PLAIN_ROPE:
+        why = "its positions are multi-dimensional"
+    elif lib.llama_model_n_embd_inp(model) != gguf.n_embd:
+        why = "its input rows are wider than its embeddings"
+    elif lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model)) != gguf.n_vocab:
+        why = "its vocabulary and its embedding table differ in size"
+    if why:
+        raise BackboneError(
+            f"{gguf.path} ({gguf.arch}) cannot be used here: {why}. Use a plain decoder such as "
+            "llama, qwen, qwen2 or chatglm."
+        )
+
+
+def make_context(lib: Any, model: Any, options: Options) -> Any:
+    """A context for `options`; BackboneError where memory is short."""
+    mark = library.log_mark()
+    params = lib.llama_context_default_params()
+    params.n_ctx = options.n_ctx
+    params.n_batch = options.n_ctx
+    params.n_ubatch = min(options.n_ctx, 512)
+    params.n_seq_max = options.n_seq_max + options.tree_width
+    params.n_outputs_max = options.n_outputs_max
+    params.n_threads = params.n_threads_batch = options.threads
+    params.type_k = params.type_v = _KV_TYPES[options.kv_type]
+    flash = options.flash_attention
+    params.flash_attn_type = -1 if flash is None else int(flash)
+    params.kv_unified = True  # sequences share cells: copying a prefix costs nothing
+    params.offload_kqv = params.op_offload = options.n_gpu_layers != 0
+    params.no_perf = True
+    context = lib.llama_init_from_model(model, params)
+    if not context:
+        raise BackboneError(
+            f"llama.cpp cannot make a context of {options.n_ctx} positions: "
+            f"{library.log_errors(mark) or 'no reason given'}. Try a smaller n_ctx, fewer GPU "
+            "layers or --low-memory."
+        )
+    return context
+
+
+def _describe(
+    lib: Any, options: Options, extra: bool, warnings: list[str], lines: list[str]
+) -> dict[str, Any]:
+    buffers: dict[str, float] = {}
+    offloaded = 0
+    for line in lines:
+        if match := _BUFFER.search(line):
+            key = f"{match[1]} {match[2]}"
+            buffers[key] = round(buffers.get(key, 0.0) + float(match[3]), 2)
+        if match := _OFFLOADED.search(line):
+            offloaded = int(match[1])
+    gpus = [d for d in library.devices() if d.kind in ("gpu", "igpu")]
+    if options.n_gpu_layers and not offloaded:
+        reason = "llama.cpp was built without GPU support" if not gpus else "none was taken"
+        warnings.append(
+            f"no layer runs on a GPU although {options.n_gpu_layers} were asked: {reason}"
+        )
+    return {
+        "llama_cpp": lib.llama_version().decode() if hasattr(lib, "llama_version") else "",
+        "build": library.build_id(),
+        "system": lib.llama_print_system_info().decode(errors="replace").strip(),
+        "device": gpus[0].description if gpus and offloaded else "cpu",
+        "offloaded_layers": offloaded,
+        "threads": options.threads,
+        "extra_bufts": extra,
+        "kv_type": options.kv_type,
+        "n_ctx": options.n_ctx,
+        "buffers_mib": buffers,
+        "warnings": warnings,
+    }

@@ -1,0 +1,301 @@
+"""`Backbone`: token ids or embedding rows in, logits out, and a KV cache that can be handled."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from mse_runtime.backbone import checks, library, tree
+from mse_runtime.backbone.batch import Entries, Inputs, make_batch
+from mse_runtime.backbone.loading import Handles, Options, load_model
+from mse_runtime.backbone.sequences import Sequences
+from mse_runtime.backbone.text import Speller
+from mse_runtime.errors import BackboneError
+from mse_runtime.gguf import Gguf
+
+__all__ = ["Backbone"]
+
+Floats = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int32]
+
+
+class Backbone(Sequences):
+    """A frozen GGUF language model with a KV cache of `n_seq_max` sequences.
+
+    Open with `Backbone.open`; a context manager. Calls from several threads are serialised by
+    one lock. Whatever would abort llama.cpp's process (too large a batch, a foreign token, a full
+    cache, rows that are not numbers) raises BackboneError instead, and leaves the cache as it was.
+    """
+
+    path: Path
+    arch: str
+    n_embd: int
+    n_vocab: int
+    n_layer: int
+    bos_id: int
+    """-1 where the vocabulary has none."""
+    eos_id: int
+
+    def __init__(self, gguf: Gguf, handles: Handles, options: Options) -> None:
+        super().__init__(gguf, handles, options)
+        self.bos_id = int(handles.lib.llama_vocab_bos(handles.vocab))
+        self.eos_id = int(handles.lib.llama_vocab_eos(handles.vocab))
+        self._speller = Speller(handles.lib, handles.vocab, gguf)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        n_ctx: int = 512,
+        n_seq_max: int = 1,
+        threads: int | None = None,
+        n_gpu_layers: int = 0,
+        kv_type: Literal["f16", "f32"] = "f16",
+        low_memory: bool = False,
+        extra_bufts: bool | None = None,
+        flash_attention: bool | None = None,
+        n_outputs_max: int = 32,
+        tree_width: int = 16,
+        progress: Callable[[float], None] | None = None,
+    ) -> Self:
+        """Load a model.
+
+        n_ctx: positions of the KV cache, rounded up to a multiple of 256.
+        n_seq_max: sequences 0 .. n_seq_max - 1.
+        threads: default one for each physical core.
+        n_gpu_layers: layers to put on the GPU; 0 none, -1 all.
+        kv_type: `f32` doubles the cache and makes runs comparable to 1e-4.
+        low_memory: keep the weights as they are in the mapped file (no repacked copy), slower.
+        extra_bufts: allow repacking and AMX; None asks the first-run probe (see `probe`).
+        flash_attention: None lets llama.cpp decide.
+        n_outputs_max: rows of logits one pass may give (memory: 4 n_vocab bytes each).
+        tree_width: leaves of a `decode_tree` that one pass takes.
+        progress: called with 0.0 .. 1.0 while the weights load; may raise to stop it.
+
+        Raises BackboneError for files and options that cannot be used.
+        """
+        options = Options(
+            n_ctx, n_seq_max, threads, n_gpu_layers, kv_type, low_memory, extra_bufts,
+            flash_attention, n_outputs_max, tree_width,
+        ).checked()  # fmt: skip
+        gguf = Gguf.open(path)
+        try:
+            return cls(gguf, load_model(gguf, options, progress), options)
+        except BaseException:
+            gguf.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # Text
+
+    def tokenize(self, text: str, *, bos: bool = False, special: bool = False) -> Ids:
+        """Token ids of `text`: int32 [n].
+
+        Nothing is added but a BOS id if `bos`. Spellings of special tokens (`</s>`,
+        `<|im_start|>`) in the text are ordinary characters unless `special`. SentencePiece
+        vocabularies put their dummy space in front of each text that is tokenised alone.
+        """
+        with self._lock:
+            self._check_open()
+            ids = self._speller.tokenize(text, special)
+            if bos:
+                if self.bos_id < 0:
+                    raise BackboneError(
+                        f"{self.path} has no BOS token, so none can be put in front. Open the "
+                        "prompt with one of its own special tokens instead (special=True)."
+                    )
+                ids = np.concatenate([np.array([self.bos_id], np.int32), ids])
+            return ids
+
+    def detokenize(self, ids: npt.ArrayLike, *, special: bool = False) -> str:
+        """The text of token ids; special tokens are left out unless `special`."""
+        with self._lock:
+            self._check_open()
+            return self._speller.detokenize(checks.token_ids(ids, self.n_vocab), special)
+
+    def embed(self, ids: npt.ArrayLike) -> Floats:
+        """Input embeddings of token ids: float32 [n, n_embd], as the model itself looks them up."""
+        with self._lock:
+            self._check_open()
+            return self._gguf.rows(ids)
+
+    # Evaluation
+
+    @overload
+    def prefill(
+        self, inputs: npt.ArrayLike, *, seq: int = 0, logits: Literal["last", "all"] = "last"
+    ) -> Floats: ...
+
+    @overload
+    def prefill(self, inputs: npt.ArrayLike, *, seq: int = 0, logits: Literal["none"]) -> None: ...
+
+    def prefill(
+        self,
+        inputs: npt.ArrayLike,
+        *,
+        seq: int = 0,
+        logits: Literal["last", "none", "all"] = "last",
+    ) -> Floats | None:
+        """Append token ids [n] or embedding rows [n, n_embd] to a sequence.
+
+        Returns the logits after the last one, float32 [n_vocab]; None for `logits="none"`;
+        float32 [n, n_vocab] for `"all"` (in several passes, meant for tests). Ids and rows give
+        the same logits. Raises BackboneError, the sequence being left as it was.
+        """
+        with self._lock:
+            self._check_open()
+            self._check_seq(seq)
+            entered = checks.inputs(inputs, self.n_vocab, self.n_embd)
+            if logits not in ("last", "none", "all"):
+                raise BackboneError(f"logits must be 'last', 'none' or 'all', not {logits!r}.")
+            n = len(entered)
+            wanted = np.full(n, logits == "all")
+            wanted[-1] = logits != "none"
+            start = self.length(seq)
+            self._check_room(n, start, seq)
+            positions = np.arange(start, start + n, dtype=np.int32)
+            found = self._decode(Entries(entered, positions, [(seq,)] * n, wanted), {seq: start})
+            if logits == "none":
+                return None
+            return found if logits == "all" else found[0]
+
+    def prefill_many(self, parts: Iterable[tuple[int, npt.ArrayLike]]) -> Floats:
+        """Append to several sequences at once: float32 [k, n_vocab], the last logits of each.
+
+        One pass over the weights for all of them. Where some parts are rows and others ids, the
+        ids are embedded first: llama.cpp takes no mixed batch.
+        """
+        with self._lock:
+            self._check_open()
+            entered = [(seq, checks.inputs(part, self.n_vocab, self.n_embd)) for seq, part in parts]
+            if not entered:
+                raise BackboneError("prefill_many: no sequence was given.")
+            if len({seq for seq, _ in entered}) < len(entered):
+                raise BackboneError("prefill_many: a sequence occurs twice. Join its parts.")
+            if len({part.ndim for _, part in entered}) > 1:
+                entered = [
+                    (seq, self.embed(part) if part.ndim == 1 else part) for seq, part in entered
+                ]
+            before: dict[int, int] = {}
+            positions, sequences, wanted = [], [], []
+            for seq, part in entered:
+                self._check_seq(seq)
+                n, start = len(part), self.length(seq)
+                self._check_room(n, start, seq)
+                before[seq] = start
+                positions.append(np.arange(start, start + n, dtype=np.int32))
+                sequences += [(seq,)] * n
+                wanted.append(np.arange(n) == n - 1)
+            joined: Inputs = np.concatenate([part for _, part in entered])
+            entries = Entries(joined, np.concatenate(positions), sequences, np.concatenate(wanted))
+            return self._decode(entries, before)
+
+    def decode_tree(self, tokens: npt.ArrayLike, parents: npt.ArrayLike, *, seq: int = 0) -> Floats:
+        """Logits after every node of a token trie that continues a sequence: [n, n_vocab].
+
+        tokens: token ids [n]. parents: for each the index of the node before it, parents before
+        children; -1 for those that follow the sequence itself. Shared prefixes are computed once,
+        up to `tree_width` leaves in one pass. The cache is left as it was.
+        """
+        with self._lock:
+            self._check_open()
+            self._check_seq(seq)
+            ids = checks.token_ids(tokens, self.n_vocab)
+            links = checks.whole_numbers(parents, "parents").astype(np.int64)
+            if len(links) != len(ids):
+                raise BackboneError(f"decode_tree: {len(ids)} tokens but {len(links)} parents.")
+            if not len(ids):
+                return np.empty((0, self.n_vocab), np.float32)
+            if not self._options.tree_width:
+                raise BackboneError(
+                    "This backbone was opened with tree_width=0. Open it with more."
+                )
+            depths = tree.check_parents(links)
+            start = self.length(seq)
+            self._check_room(int(depths.max()) + 1, start, seq)
+            found = np.empty((len(ids), self.n_vocab), np.float32)
+            for wave in tree.waves(links.tolist(), self._options.tree_width):
+                found[wave.nodes] = self._decode_wave(wave, ids, depths, seq, start)
+            return found
+
+    def _decode_wave(self, wave: tree.Wave, ids: Ids, depths: Ids, seq: int, start: int) -> Floats:
+        scratch = range(self.n_seq_max, self.n_seq_max + wave.n_leaves)
+        try:
+            for leaf in scratch:  # cells are shared, nothing is copied
+                self._lib.llama_memory_seq_cp(self._memory, seq, leaf, -1, -1)
+            entries = Entries(
+                ids[wave.nodes],
+                (start + depths[wave.nodes]).astype(np.int32),
+                [[scratch[leaf] for leaf in below] for below in wave.leaves],
+                np.ones(len(wave.nodes), np.bool_),
+            )
+            return self._decode(entries, {})
+        finally:
+            for leaf in scratch:
+                self._lib.llama_memory_seq_rm(self._memory, leaf, -1, -1)
+
+    def _decode(self, entries: Entries, before: dict[int, int]) -> Floats:
+        """Run the entries in as few passes as fit: the wanted logits [k, n_vocab] in order.
+
+        If a pass fails, the sequences in `before` are cut back to the lengths given there.
+        """
+        found = np.empty((int(entries.wanted.sum()), self.n_vocab), np.float32)
+        done = 0
+        try:
+            for start, stop in checks.passes(
+                entries.wanted, self._n_batch, self._options.n_outputs_max
+            ):
+                part = entries.part(start, stop)
+                outputs = int(part.wanted.sum())
+                self._run(part)
+                if outputs:
+                    raw = self._lib.llama_get_logits(self._context)
+                    found[done : done + outputs] = np.ctypeslib.as_array(
+                        ctypes.cast(raw, ctypes.POINTER(ctypes.c_float)), (outputs, self.n_vocab)
+                    )
+                    done += outputs
+            if not np.isfinite(found).all():
+                raise BackboneError(
+                    f"{self.path} gives logits that are not numbers. The file may be damaged, or "
+                    "an embedding row far out of the model's range; try extra_bufts=False too."
+                )
+        except BaseException:
+            for seq, length in before.items():
+                self._lib.llama_memory_seq_rm(self._memory, seq, length, -1)
+            raise
+        return found
+
+    def _run(self, entries: Entries) -> None:
+        mark = library.log_mark()
+        batch, keep = make_batch(self._lib, entries)
+        code = self._lib.llama_decode(self._context, batch)
+        del keep
+        if code == 0:
+            return
+        if code == 1:
+            raise BackboneError(
+                f"The KV cache has no room for {len(entries)} more positions (n_ctx {self.n_ctx}, "
+                "shared by all sequences). Clear or truncate some, or open with a larger n_ctx."
+            )
+        raise BackboneError(
+            f"llama.cpp refused a batch of {len(entries)} (code {code}): "
+            f"{library.log_errors(mark) or 'no reason given'}. Clear the sequence and try again; "
+            "if it stays, run mse-doctor."
+        )
