@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mse_runtime.features import landmarks
-from mse_runtime.features.geometry import Floats, open_frame
+from mse_runtime.features.geometry import Floats, Picture
 from mse_runtime.features.mesh import FaceNetworks
 from mse_runtime.features.tracks import FaceTracker
 
@@ -40,7 +40,7 @@ def clip_points(path: Path, networks: FaceNetworks) -> Floats:
                 continue
             due = frame.time + 1 / FPS
             rgb = np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
-            tracker.add(open_frame(rgb), frame.time)
+            tracker.add(Picture(rgb), frame.time)
     track, _ = tracker.choose()
     if track is None:
         raise SystemExit(f"{path}: no face; take it off the list.")
@@ -82,10 +82,10 @@ def derive(clips: list[Floats]) -> Floats:
         mean = np.mean([neutral_of_clip(points, reference) for points in clips], axis=0)
         upright = _upright(mean - mean[landmarks.RIGID].mean(0))
         pairs = mirror_pairs(upright)
-        reference = (upright + upright[pairs] * np.array([-1, 1, 1], np.float32)) / 2
-        reference -= reference[landmarks.RIGID].mean(0)
-        width = np.linalg.norm(np.subtract(*reference[list(landmarks.OUTER_EYES)]))
-        reference = (reference / width).astype(np.float32)
+        even = (upright + upright[pairs] * np.array([-1, 1, 1], np.float32)) / 2
+        even -= even[landmarks.RIGID].mean(0)
+        width = np.linalg.norm(np.subtract(*even[list(landmarks.OUTER_EYES)]))
+        reference = (even / width).astype(np.float32)
     return reference
 
 

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mse_runtime.features.geometry import Floats, Region, box_iou
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from mse_runtime.features.sessions import Session
+from mse_runtime.features.geometry import Floats, Picture, Region, box_iou
+from mse_runtime.features.sessions import Session
 
 __all__ = ["Detection", "FaceDetector"]
 
@@ -50,12 +45,12 @@ class FaceDetector:
         self._anchors = _anchors()
         self.runs = 0
 
-    def __call__(self, image: Image.Image, limit: int) -> list[Detection]:
-        """At most `limit` faces of `image`, best score first."""
+    def __call__(self, picture: Picture, limit: int) -> list[Detection]:
+        """At most `limit` faces of `picture`, best score first."""
         self.runs += 1
-        width, height = image.size
+        width, height = picture.size
         view = Region(width / 2, height / 2, max(width, height))  # letterbox, like the training
-        pixels = view.crop(image, SIZE).astype(np.float32)
+        pixels = picture.crop(view, SIZE, outside="black").astype(np.float32)
         offsets, logits = self._session(pixels[None] / np.float32(127.5) - np.float32(1))
         scores = 1 / (1 + np.exp(-np.clip(logits[0, :, 0], -80, 80)))
         keep = np.flatnonzero(scores > MIN_SCORE)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mse_runtime.errors import UsageError
 from mse_runtime.features.action_units import action_units
-from mse_runtime.features.geometry import Floats, open_frame
+from mse_runtime.features.geometry import Floats, Picture
 from mse_runtime.features.landmarks import IBUG68, FaceFrame, face_frame, gaze
 from mse_runtime.features.mesh import FaceModels
 from mse_runtime.features.openface import openface177
@@ -69,7 +69,7 @@ class FaceExtractor:
 
         time: seconds on the clip's clock. The frame is not kept.
         """
-        self._follow().add(open_frame(frame_rgb), time)
+        self._follow().add(Picture(frame_rgb), time)
         self._times.append(time)
 
     def finish(self) -> FaceResult:

@@ -10,17 +10,13 @@ import math
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mse_runtime.features.detector import FaceDetector
-from mse_runtime.features.geometry import Floats, Region
+from mse_runtime.features.geometry import Floats, Picture, Region
 from mse_runtime.features.sessions import Session
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 __all__ = ["FaceModels", "FaceNetworks", "MeshObservation"]
 
@@ -28,6 +24,7 @@ MODEL_FOLDER = Path(__file__).resolve().parent.parent / "data" / "face"
 MESH_SIZE, IRIS_SIZE = 192, 64
 MIN_FLAG = 0.5  # below this the mesh network says that its crop holds no face
 ROI_SCALE, EYE_SCALE = 1.5, 2.3
+MIN_SIDE, MAX_FRAMES = 4.0, 4.0  # px, long sides of the frame: outside, no face to speak of
 RIGHT_EYE, LEFT_EYE = (33, 133), (362, 263)  # corners, from the picture's left to its right
 
 
@@ -67,21 +64,23 @@ class FaceNetworks:
         self._iris = _open("iris_landmark", threads)
         self.mesh_runs = 0
 
-    def observe(self, image: Image.Image, region: Region) -> MeshObservation | None:
-        """The face inside `region` of `image`, or None when the network sees none."""
+    def observe(self, picture: Picture, region: Region) -> MeshObservation | None:
+        """The face inside `region` of `picture`, or None when the network sees none."""
+        if not MIN_SIDE <= region.side <= MAX_FRAMES * max(picture.size):
+            return None
         self.mesh_runs += 1
-        landmarks, flag = self._mesh(_unit(region.crop(image, MESH_SIZE)[None]))
+        landmarks, flag = self._mesh(_unit(picture.crop(region, MESH_SIZE)[None]))
         score = 1 / (1 + math.exp(-min(max(float(flag.ravel()[0]), -80.0), 80.0)))
         if score < MIN_FLAG:
             return None
         points = region.to_picture(landmarks.reshape(468, 3), MESH_SIZE)
-        return MeshObservation(points, self._irises(image, points), score)
+        return MeshObservation(points, self._irises(picture, points), score)
 
-    def _irises(self, image: Image.Image, points: Floats) -> Floats:
+    def _irises(self, picture: Picture, points: Floats) -> Floats:
         right, left = _eye_region(points, RIGHT_EYE), _eye_region(points, LEFT_EYE)
         # the network knows one side only: the other eye is shown to it mirrored
         crops = np.stack(
-            [right.crop(image, IRIS_SIZE), left.crop(image, IRIS_SIZE, mirror=True)],
+            [picture.crop(right, IRIS_SIZE), picture.crop(left, IRIS_SIZE, mirror=True)],
         )
         iris = self._iris(_unit(crops))[1].reshape(2, 5, 3)[..., :2].copy()
         iris[1, :, 0] = IRIS_SIZE - iris[1, :, 0]

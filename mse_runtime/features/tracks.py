@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from mse_runtime.features.geometry import Floats, Region, box_iou
+from mse_runtime.features.geometry import Floats, Picture, Region, box_iou
 from mse_runtime.features.mesh import FaceNetworks, MeshObservation
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 __all__ = ["FaceTracker", "Seen", "Track"]
 
@@ -89,26 +86,26 @@ class FaceTracker:
         self.tracks: list[Track] = []
         self.frames = 0
 
-    def add(self, image: Image.Image, time: float) -> list[Seen]:
+    def add(self, picture: Picture, time: float) -> list[Seen]:
         """The faces of one frame, for the tracks that see one."""
-        if image.size != self._size:  # regions are pixels of another resolution: look again
+        if picture.size != self._size:  # regions are pixels of another resolution: look again
             for track in self.tracks:
                 track.region = None
-            self._size = image.size
+            self._size = picture.size
         found: dict[int, Seen] = {}
         lost = False
         for track in self.tracks:
             if track.region is None:
                 continue
-            mesh = self._networks.observe(image, track.region)
-            seen = None if mesh is None else Seen(self.frames, time, image.size, mesh)
+            mesh = self._networks.observe(picture, track.region)
+            seen = None if mesh is None else Seen(self.frames, time, picture.size, mesh)
             if seen is None or self._taken(seen.share, found):  # gone, or slid onto another face
                 track.region = None
                 lost = True
             else:
                 found[track.number] = seen
         if not found or lost or time >= self._next_look:
-            self._look(image, time, found)
+            self._look(picture, time, found)
             self._next_look = time + LOOK_EVERY
         for track in self.tracks:
             if track.number in found:
@@ -118,20 +115,20 @@ class FaceTracker:
         self.frames += 1
         return list(found.values())
 
-    def _look(self, image: Image.Image, time: float, found: dict[int, Seen]) -> None:
+    def _look(self, picture: Picture, time: float, found: dict[int, Seen]) -> None:
         """Detect faces of the whole picture and add those that are not being followed."""
-        width, height = image.size
-        for detection in self._networks.detector(image, MAX_FACES):
+        width, height = picture.size
+        for detection in self._networks.detector(picture, MAX_FACES):
             x0, y0, x1, y1 = detection.box
             share = (x0 / width, y0 / height, x1 / width, y1 / height)
             if len(found) >= MAX_FACES:
                 return
             if self._taken(share, found):
                 continue
-            mesh = self._networks.observe(image, detection.region)
+            mesh = self._networks.observe(picture, detection.region)
             if mesh is None:
                 continue
-            seen = Seen(self.frames, time, image.size, mesh)
+            seen = Seen(self.frames, time, picture.size, mesh)
             if not self._taken(seen.share, found):
                 found[self._owner(seen, found).number] = seen
 
