@@ -1,0 +1,105 @@
+// The C ABI of the CPU library: plain C types only, so that ctypes (or any language) can load it.
+//
+// Every function that can fail returns 0 for success or one of the codes below. Nothing here throws,
+// prints or changes the process's environment; a handle may be used from several threads (calls on
+// one handle run one after the other).
+#ifndef MSE_ABI_H
+#define MSE_ABI_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define MSE_API __declspec(dllexport)
+#else
+#define MSE_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define MSE_ABI_VERSION 1
+
+enum mse_status {
+  MSE_OK = 0,
+  MSE_BAD_DIMS = 1,      // a dimension outside the limits below
+  MSE_BAD_ISA = 2,       // unknown instruction set, or one this processor lacks
+  MSE_BAD_STORAGE = 3,   // unknown storage
+  MSE_NO_MEMORY = 4,
+  MSE_BAD_LENGTH = 5,    // a length < 0 or > its T; where[] says which
+  MSE_NOT_FINITE = 6,    // a NaN or an infinity in a frame that counts; where[] says which
+  MSE_BAD_ARGUMENT = 7,  // a null pointer or a negative size
+};
+
+enum mse_storage { MSE_F32 = 0, MSE_F16 = 1, MSE_BF16 = 2 };
+
+#define MSE_MAX_HIDDEN 512
+#define MSE_MAX_DIM 65536
+#define MSE_MAX_PSEUDO 64
+#define MSE_MAX_THREADS 64
+
+typedef struct mse_dims {
+  int32_t audio_dim, audio_hidden;
+  int32_t video_dim, video_hidden;
+  int32_t mix;       // width of the encoders' output (256 in the published model)
+  int32_t width;     // D, the backbone's embedding width
+  int32_t scale[3];  // hidden widths of the three experts, in the published order
+  int32_t n_pseudo;
+} mse_dims;
+
+// Parameters in the published layout (row-major [out, in], f32, gates i, f, g, o). They are read
+// during mse_open only.
+typedef struct mse_weights {
+  const float *audio_ih, *audio_hh, *audio_bih, *audio_bhh, *audio_lin, *audio_lin_b;
+  const float *video_ih, *video_hh, *video_bih, *video_bhh, *video_lin, *video_lin_b;
+  const float *text, *text_b;
+  const float *first[3], *first_b[3], *second[3], *second_b[3];
+  const float *mix, *mix_b;  // [3], [1]
+  const float *up, *up_b;    // multi_scale_projector
+  const float *pseudo, *pseudo_b;
+} mse_weights;
+
+typedef struct mse_inputs {
+  int64_t batch;
+  const float *audio, *video, *text;  // [B, T, dim], C order
+  const int64_t *audio_len, *video_len, *text_len;
+  int64_t audio_steps, video_steps, text_steps;  // T of each
+} mse_inputs;
+
+typedef struct mse_handle mse_handle;
+
+MSE_API int32_t mse_abi_version(void);
+
+// Names of the instruction sets in this binary, best first, comma separated.
+MSE_API const char *mse_isas(void);
+// 1 if this processor runs that instruction set.
+MSE_API int32_t mse_isa_usable(const char *isa);
+
+// isa "" picks the best one. threads counts the calling one.
+MSE_API int32_t mse_open(const mse_dims *dims, const mse_weights *weights, int32_t threads,
+                         int32_t storage, const char *isa, mse_handle **out);
+MSE_API const char *mse_isa(const mse_handle *handle);
+// Bytes of packed weights and of scratch memory this handle holds.
+MSE_API void mse_memory(const mse_handle *handle, int64_t *weights, int64_t *scratch);
+// out [B, P, D]. On an error where = {input 0 audio 1 video 2 text, sample, step, column}.
+MSE_API int32_t mse_forward(mse_handle *handle, const mse_inputs *in, float *out, int64_t where[4]);
+MSE_API void mse_close(mse_handle *handle);
+
+// Single kernels, for the error budgets of the tests and the floors of the benchmark.
+// what: 0 sigmoid, 1 tanh, 2 gelu.
+MSE_API int32_t mse_activate(const char *isa, int32_t what, const float *x, float *y, int64_t n);
+// y [M, N] = x [M, K] w[N, K]^T + b.
+MSE_API int32_t mse_linear(const char *isa, int32_t storage, const float *w, const float *b,
+                           int32_t N, int32_t K, const float *x, int32_t M, float *y);
+// out [D] = mean of the n rows of [n, D].
+MSE_API int32_t mse_mean_rows(const char *isa, const float *rows, int64_t n, int32_t D, float *out);
+// Runs `rounds` rounds of independent fused multiply-adds in registers; returns how many
+// multiply-accumulates that was.
+MSE_API int64_t mse_probe_mac(const char *isa, int64_t rounds);
+// Reads n floats once; the sum only keeps the compiler honest.
+MSE_API float mse_probe_read(const char *isa, const float *x, int64_t n);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

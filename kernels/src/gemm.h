@@ -1,0 +1,83 @@
+// y = x w^T + b on packed panels: one kernel for the input projection of all steps, for a batch and
+// for a single row.
+//
+// Each output is one chain of multiply-adds over k in order, whatever the tile: a row's result does
+// not depend on the rows beside it, on the blocking or on the number of threads.
+
+template <int S> struct Stored;
+template <> struct Stored<0> {
+  using T = float;
+  static inline V at(const T *p) { return load(p); }
+};
+template <> struct Stored<1> {
+  using T = uint16_t;
+  static inline V at(const T *p) { return load_f16(p); }
+};
+template <> struct Stored<2> {
+  using T = uint16_t;
+  static inline V at(const T *p) { return load_bf16(p); }
+};
+
+constexpr int kPanel = 4 * W;
+// Depth whose panel block (32 KB of f32) stays in the first-level cache while the rows go by.
+constexpr int kDepth = 8192 / kPanel;
+
+template <int S, int M>
+inline void tile(const typename Stored<S>::T *w, const float *x, size_t ldx, int K, const float *init,
+                 size_t ldi, float *c, size_t ldc) {
+  V a[M][4];
+  for (int i = 0; i < M; i++)
+    for (int j = 0; j < 4; j++) a[i][j] = load(init + i * ldi + j * W);
+  for (int k = 0; k < K; k++, w += kPanel) {
+    const V w0 = Stored<S>::at(w), w1 = Stored<S>::at(w + W);
+    const V w2 = Stored<S>::at(w + 2 * W), w3 = Stored<S>::at(w + 3 * W);
+    for (int i = 0; i < M; i++) {
+      const V v = set1(x[i * ldx + k]);
+      a[i][0] = fma(v, w0, a[i][0]);
+      a[i][1] = fma(v, w1, a[i][1]);
+      a[i][2] = fma(v, w2, a[i][2]);
+      a[i][3] = fma(v, w3, a[i][3]);
+    }
+  }
+  for (int i = 0; i < M; i++)
+    for (int j = 0; j < 4; j++) store(c + i * ldc + j * W, a[i][j]);
+}
+
+template <int S, int M>
+inline void tail(int rows, const typename Stored<S>::T *w, const float *x, size_t ldx, int K,
+                 const float *init, size_t ldi, float *c, size_t ldc) {
+  if (rows == M)
+    tile<S, M>(w, x, ldx, K, init, ldi, c, ldc);
+  else if constexpr (M > 1)
+    tail<S, M - 1>(rows, w, x, ldx, K, init, ldi, c, ldc);
+}
+
+template <int S>
+void panels(const Packed &p, int first, int last, const float *x, size_t ldx, int M, float *c,
+            size_t ldc) {
+  for (int q = first; q < last; q++) {
+    const auto *w = static_cast<const typename Stored<S>::T *>(p.data) +
+                    static_cast<size_t>(q) * p.K * kPanel;
+    float *out = c + static_cast<size_t>(q) * kPanel;
+    const int depth = M > kRows ? kDepth : p.K;
+    for (int k = 0; k < p.K; k += depth) {
+      const int n = p.K - k < depth ? p.K - k : depth;
+      for (int m = 0; m < M; m += kRows) {
+        float *o = out + m * ldc;
+        const float *init = k ? o : p.bias + static_cast<size_t>(q) * kPanel;
+        tail<S, kRows>(M - m < kRows ? M - m : kRows, w + static_cast<size_t>(k) * kPanel,
+                       x + m * ldx + k, ldx, n, init, k ? ldc : 0, o, ldc);
+      }
+    }
+  }
+}
+
+void linear(const Packed &p, int first, int last, const float *x, size_t ldx, int M, float *c,
+            size_t ldc) {
+  if (p.storage == 1)
+    panels<1>(p, first, last, x, ldx, M, c, ldc);
+  else if (p.storage == 2)
+    panels<2>(p, first, last, x, ldx, M, c, ldc);
+  else
+    panels<0>(p, first, last, x, ldx, M, c, ldc);
+}

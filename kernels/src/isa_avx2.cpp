@@ -1,0 +1,16 @@
+#include <immintrin.h>
+
+#include "isa.h"
+
+namespace mse {
+namespace {
+#include "simd_avx2.h"
+#include "activations.h"
+#include "gemm.h"
+#include "fusion.h"
+#include "lstm.h"
+}  // namespace
+
+extern const Kernels kAvx2 = {"avx2", W,    kPanel, kGroup, kRows,    linear,    lstm,      mean,
+                             finite, gelu, mix,    spread, activate, probe_mac, probe_read};
+}  // namespace mse

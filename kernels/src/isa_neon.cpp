@@ -1,0 +1,16 @@
+#include <arm_neon.h>
+
+#include "isa.h"
+
+namespace mse {
+namespace {
+#include "simd_neon.h"
+#include "activations.h"
+#include "gemm.h"
+#include "fusion.h"
+#include "lstm.h"
+}  // namespace
+
+extern const Kernels kNeon = {"neon", W,    kPanel, kGroup, kRows,    linear,    lstm,      mean,
+                             finite, gelu, mix,    spread, activate, probe_mac, probe_read};
+}  // namespace mse

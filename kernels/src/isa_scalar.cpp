@@ -1,0 +1,17 @@
+#include <math.h>
+#include <string.h>
+
+#include "isa.h"
+
+namespace mse {
+namespace {
+#include "simd_scalar.h"
+#include "activations.h"
+#include "gemm.h"
+#include "fusion.h"
+#include "lstm.h"
+}  // namespace
+
+extern const Kernels kScalar = {"scalar", W,    kPanel, kGroup, kRows,    linear,    lstm,      mean,
+                             finite, gelu, mix,    spread, activate, probe_mac, probe_read};
+}  // namespace mse

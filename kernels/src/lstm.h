@@ -1,0 +1,100 @@
+// The recurrence: a chunk of steps is projected ahead as one GEMM, then run step by step for a group
+// of sequences at once, so that each recurrent weight that is loaded serves the whole group.
+
+// One step for NB sequences and NQ neighbouring panels (NQ x W units). h is read from `now` and
+// written to `next`: the panels of a step must all see the old one.
+template <int NB, int NQ>
+inline void units(const float *r, size_t panel, int H, int Hp, int q, float *const *gates,
+                  const float *now, float *next, float *cells) {
+  V a[NB][NQ][4];
+  for (int b = 0; b < NB; b++)
+    for (int j = 0; j < NQ; j++)
+      for (int g = 0; g < 4; g++) a[b][j][g] = load(gates[b] + (q + j) * kPanel + g * W);
+  const float *p = r + q * panel;
+  for (int k = 0; k < H; k++, p += kPanel) {
+    V v[NB];
+    for (int b = 0; b < NB; b++) v[b] = set1(now[b * Hp + k]);
+    for (int j = 0; j < NQ; j++)
+      for (int g = 0; g < 4; g++) {
+        const V weight = load(p + j * panel + g * W);
+        for (int b = 0; b < NB; b++) a[b][j][g] = fma(v[b], weight, a[b][j][g]);
+      }
+  }
+  for (int b = 0; b < NB; b++)
+    for (int j = 0; j < NQ; j++) {
+      const int at = b * Hp + (q + j) * W;
+      V c = load(cells + at);
+      store(next + at, lstm_cell(a[b][j][0], a[b][j][1], a[b][j][2], a[b][j][3], &c));
+      store(cells + at, c);
+    }
+}
+
+struct State {
+  float *now, *next, *cells;  // [group, Hp] each
+};
+
+template <int NB>
+void steps(const Lstm &w, float *gates, int from, int to, State *s) {
+  constexpr int NQ = NB <= kGroup / 2 || NB == 1 ? 2 : 1;
+  const size_t panel = static_cast<size_t>(w.rec.K) * kPanel;
+  const float *r = static_cast<const float *>(w.rec.data);
+  const int count = w.Hp / W;
+  for (int t = from; t < to; t++) {
+    float *g[NB];
+    for (int b = 0; b < NB; b++) g[b] = gates + (static_cast<size_t>(b) * w.chunk + t) * w.in.Np;
+    // Every other step goes backwards through the panels: the ones used last are still in the
+    // first-level cache, where a cyclic walk over 64 KB would find none of them.
+    const bool back = t & 1;
+    int q = 0;
+    for (; q + NQ <= count; q += NQ)
+      units<NB, NQ>(r, panel, w.H, w.Hp, back ? count - NQ - q : q, g, s->now, s->next, s->cells);
+    if constexpr (NQ > 1)
+      for (; q < count; q++)
+        units<NB, 1>(r, panel, w.H, w.Hp, back ? count - 1 - q : q, g, s->now, s->next, s->cells);
+    float *old = s->now;
+    s->now = s->next;
+    s->next = old;
+  }
+}
+
+template <int NB>
+void some_steps(int live, const Lstm &w, float *gates, int from, int to, State *s) {
+  if (live == NB)
+    steps<NB>(w, gates, from, to, s);
+  else if constexpr (NB > 1)
+    some_steps<NB - 1>(live, w, gates, from, to, s);
+}
+
+int lstm(const Lstm &w, int nb, const float *const *x, const int64_t *len, float *scratch,
+         float *const *h_out) {
+  const size_t state = static_cast<size_t>(kGroup) * w.Hp;
+  float *gates = scratch + 3 * state;
+  State s = {scratch, scratch + state, scratch + 2 * state};
+  for (size_t i = 0; i < 3 * state; i++) scratch[i] = 0.0f;
+  for (int b = 0; b < nb; b++)
+    for (int i = 0; i < w.Hp; i++) h_out[b][i] = 0.0f;
+  const int D = w.in.K;
+  for (int64_t t0 = 0; t0 < len[0]; t0 += w.chunk) {
+    int n[kGroup];
+    for (int b = 0; b < nb; b++) {
+      const int64_t left = len[b] - t0;
+      n[b] = left < 0 ? 0 : left > w.chunk ? w.chunk : static_cast<int>(left);
+      if (n[b] == 0) continue;
+      const float *rows = x[b] + t0 * D;
+      if (!finite(rows, static_cast<size_t>(n[b]) * D)) return b;
+      linear(w.in, 0, w.in.Np / kPanel, rows, D, n[b],
+             gates + static_cast<size_t>(b) * w.chunk * w.in.Np, w.in.Np);
+    }
+    int t = 0;
+    for (int live = nb; live > 0; live--) {
+      const int last = live - 1;
+      if (n[last] > t) {
+        some_steps<kGroup>(live, w, gates, t, n[last], &s);
+        t = n[last];
+      }
+      if (n[last] > 0 && t0 + n[last] == len[last])
+        for (int i = 0; i < w.Hp; i++) h_out[last][i] = s.now[last * w.Hp + i];
+    }
+  }
+  return -1;
+}
