@@ -1,7 +1,7 @@
 """Several faces over a clip: follow each, then choose the one the clip is about.
 
 A face is followed by its own landmarks; the detector looks at the whole picture only when nothing
-is being followed, when a face was just lost, and once a second for newcomers.
+is being followed, when a face was just lost, and twice a second for newcomers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mse_runtime.features.mesh import FaceNetworks, MeshObservation
 __all__ = ["FaceTracker", "Seen", "Track"]
 
 MAX_FACES = 4
-LOOK_EVERY = 1.0  # s of clip time between two looks for newcomers
+LOOK_EVERY = 0.5  # s of clip time between two looks for newcomers
 SAME_FACE_IOU = 0.3
 RESUME_GAP = 2.0  # s; later than that a face nearby counts as somebody else
 RESUME_REACH = 1.5  # in sides of the lost face's box
