@@ -256,8 +256,9 @@ def _text(node: Node) -> TextInput:
 def _feature(node: Node) -> FeatureInput:
     keys = node.object("spec dim max_steps", "mean std clip nonfinite")
     dim = keys["dim"].integer(1, 1 << 16)
-    if ("mean" in keys) != ("std" in keys):
-        node.fail("should have both mean and std, or neither")
+    for name, other in (("mean", "std"), ("std", "mean")):
+        if name in keys and other not in keys:
+            keys[name].fail(f"needs {other} beside it")
     std = keys["std"].numbers(dim) if "std" in keys else None
     if std and min(std) <= 0:
         keys["std"].fail("should be above 0 in every column")
@@ -301,7 +302,7 @@ def _backbone(node: Node) -> BackboneInfo:
 
 
 def _gguf(node: Node) -> FileRef | HubRef:
-    if not (isinstance(node.value, Mapping) and "hub" in node.value):
+    if not (isinstance(node.value, Mapping) and "hub" in node.value and "file" not in node.value):
         return _file(node, ".gguf")
     keys = node.object("hub size sha256", "type")
     hub = keys["hub"].object("repo revision file")
