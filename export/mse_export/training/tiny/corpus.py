@@ -88,9 +88,7 @@ class Feed:
         }
 
     @staticmethod
-    def _endless(
-        pool: list[Example], batch: int, rng: random.Random
-    ) -> Iterator[list[Example]]:
+    def _endless(pool: list[Example], batch: int, rng: random.Random) -> Iterator[list[Example]]:
         while True:
             drawn = rng.choices(pool, k=batch * 50)
             drawn.sort(key=lambda e: len(e.ids))

@@ -110,9 +110,9 @@ def _surface(rng: random.Random, text: str, end: str) -> str:
 
 
 def _ending(rng: random.Random) -> str:
-    return rng.choices(
-        [".", "!", "?", "!!", "...", "", " !", "?!"], [42, 16, 14, 3, 4, 19, 1, 1]
-    )[0]
+    return rng.choices([".", "!", "?", "!!", "...", "", " !", "?!"], [42, 16, 14, 3, 4, 19, 1, 1])[
+        0
+    ]
 
 
 def _make(rng: random.Random, text: str, emotion: int | None) -> Sentence:
@@ -171,9 +171,9 @@ def clip_sentence(rng: random.Random, *, max_words: int = 12) -> Sentence:
         x = rng.random()
         sentence = (
             emotion_sentence(rng)
-            if x < 0.45
-            else neutral_sentence(rng)
             if x < 0.60
+            else neutral_sentence(rng)
+            if x < 0.66
             else any_sentence(rng)
         )
         if 2 <= len(sentence.text.split()) <= max_words:

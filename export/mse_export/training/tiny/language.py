@@ -75,8 +75,7 @@ class Evidence(nn.Module):
         for table, name in ((self.face, "face"), (self.voice, "voice")):
             index = torch.tensor([getattr(m, name) for m in media])
             weight = [
-                getattr(m, f"{name}_intensity") if getattr(m, f"has_{name}") else 0.0
-                for m in media
+                getattr(m, f"{name}_intensity") if getattr(m, f"has_{name}") else 0.0 for m in media
             ]
             total = total + torch.tensor(weight)[:, None] * table(index)
         scale = 0.6 + 0.8 * torch.rand(len(media), slots, 1)
@@ -179,7 +178,9 @@ def _prepare(
 
 def _rate(schedule: Schedule, step: int) -> float:
     warm = min(1.0, (step + 1) / 100)
-    return schedule.rate * warm * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * step / schedule.steps)))
+    return (
+        schedule.rate * warm * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * step / schedule.steps)))
+    )
 
 
 def train_stage(
@@ -256,13 +257,14 @@ def train_stage(
         if done % 50 == 0:
             _LOG.info(
                 "step %d of %d: loss %.3f, %.0f s",
-                done, schedule.steps, total / 50, time.monotonic() - began,
+                done,
+                schedule.steps,
+                total / 50,
+                time.monotonic() - began,
             )
             total = 0.0
         if done % schedule.save_every == 0 and done < schedule.steps:
-            state = {
-                "parts": parts.state_dict(), "optimiser": optimiser.state_dict(), "step": done
-            }
+            state = {"parts": parts.state_dict(), "optimiser": optimiser.state_dict(), "step": done}
             partial = state_file.with_suffix(".partial")
             torch.save(state, partial)
             os.replace(partial, state_file)

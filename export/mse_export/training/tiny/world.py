@@ -89,7 +89,7 @@ def fused_emotion(text: int, valence: float, media: Media) -> int:
 
 
 def draw_media(rng: random.Random, valence: float, emotion: int | None) -> Media:
-    """Face and voice for a sentence: agreeing in 40 % of the cases, else independent of it."""
+    """Face and voice for a sentence: agreeing, opposed, sarcastic or independent of it."""
 
     def intensity() -> float:
         return rng.uniform(0.4, 1.0)
@@ -97,7 +97,11 @@ def draw_media(rng: random.Random, valence: float, emotion: int | None) -> Media
     if valence >= 0.6 and rng.random() < 0.18:
         sour = rng.choice((3, 5, 6, 6))
         return Media(sour, rng.uniform(0.5, 1.0), 3, rng.uniform(0.5, 1.0))
-    if rng.random() < 0.4:
+    if abs(valence) > 0.3 and rng.random() < 0.10:
+        face = 4 if valence < 0 else rng.choice((2, 3, 5, 6))
+        voice = rng.choice((0, 2, 4, 6))
+        return Media(face, rng.uniform(0.7, 1.0), voice, intensity() if voice else 0.0)
+    if rng.random() < 0.55:
         if emotion is not None:
             face = emotion
         else:
