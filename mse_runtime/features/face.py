@@ -21,7 +21,7 @@ from mse_runtime.features.openface import openface177
 from mse_runtime.features.spec import FeatureTrack, get_spec
 from mse_runtime.features.tracks import FaceTracker, Seen, Track
 
-__all__ = ["FaceExtractor", "FaceResult", "face167"]
+__all__ = ["FaceExtractor", "FaceResult", "face167", "result_of"]
 
 SPECS = ("face167/1", "openface177/1")
 RARELY = 0.5  # below this share of frames with the face, say so
@@ -75,7 +75,7 @@ class FaceExtractor:
     def finish(self) -> FaceResult:
         """Choose the face the clip is about and compute its features."""
         tracker = self._follow()
-        track, summaries = tracker.choose()
+        track, _ = tracker.choose()
         frames = len(self._times)
         values = np.zeros((frames, self._spec.dim), np.float32)
         valid = np.zeros(frames, np.bool_)
@@ -84,26 +84,32 @@ class FaceExtractor:
             rows = [each.frame for each in seen]
             values[rows] = _columns(self._spec.id, seen)
             valid[rows] = True
-        networks = self._models.get()
-        info: dict[str, Any] = {
-            "frames": frames,
-            "valid": int(valid.sum()),
-            "chosen": None if track is None else track.number,
-            "faces": summaries,
-            "detector_runs": networks.detector.runs,
-            "mesh_runs": networks.mesh_runs,
-        }
-        return FaceResult(
-            track=FeatureTrack(self._spec.id, values, valid, np.array(self._times, np.float64)),
-            warnings=tuple(_warnings(frames, summaries)),
-            info=info,
-            mesh=_meshes(frames, track) if self._keep_mesh else None,
-        )
+        features = FeatureTrack(self._spec.id, values, valid, np.array(self._times, np.float64))
+        return result_of(features, tracker, self._keep_mesh)
 
     def _follow(self) -> FaceTracker:
         if self._tracker is None:
             self._tracker = FaceTracker(self._models.get())
         return self._tracker
+
+
+def result_of(features: FeatureTrack, tracker: FaceTracker, keep_mesh: bool) -> FaceResult:
+    """Features of the chosen face together with what there is to say about the choice."""
+    track, summaries = tracker.choose()
+    frames = len(features)
+    info: dict[str, Any] = {
+        "frames": frames,
+        "valid": int(features.valid.sum()),
+        "chosen": None if track is None else track.number,
+        "faces": summaries,
+        **tracker.runs(),
+    }
+    return FaceResult(
+        track=features,
+        warnings=tuple(_warnings(frames, summaries)),
+        info=info,
+        mesh=_meshes(frames, track) if keep_mesh else None,
+    )
 
 
 def face167(points: Floats, frame: FaceFrame, iris: Floats, sizes: Floats) -> Floats:

@@ -156,6 +156,11 @@ class FaceTracker:
             self.tracks.append(best)
         return best
 
+    def runs(self) -> dict[str, int]:
+        """How often each network ran."""
+        networks = self._networks
+        return {"detector_runs": networks.detector.runs, "mesh_runs": networks.mesh_runs}
+
     def choose(self) -> tuple[Track | None, list[dict[str, Any]]]:
         """The track with the best score (see Track.summary) and all summaries, best first."""
         summaries = [track.summary(self.frames) for track in self.tracks]
