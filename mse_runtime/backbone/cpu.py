@@ -1,11 +1,11 @@
-"""How many threads llama.cpp should get: one for each physical core this process may use."""
+"""What llama.cpp finds here: physical cores for its threads, and AMX."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-__all__ = ["physical_cores"]
+__all__ = ["has_amx", "physical_cores"]
 
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 
@@ -27,3 +27,11 @@ def physical_cores() -> int:
         except OSError:
             cores.add(str(cpu))
     return max(1, len(cores))
+
+
+def has_amx() -> bool:
+    """Whether the kernel reports int8 tile instructions (Intel, from Sapphire Rapids on)."""
+    try:
+        return " amx_int8" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False

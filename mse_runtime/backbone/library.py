@@ -20,11 +20,13 @@ from mse_runtime.errors import BackboneError
 __all__ = ["Device", "build_id", "devices", "folder", "load", "log_errors", "log_lines", "log_mark"]
 
 _PACKAGE = "llama_cpp"
-_LEVELS = {1: "info", 2: "warn", 3: "error", 4: "debug"}
+_LEVELS = {1: "debug", 2: "info", 3: "warn", 4: "error"}
+_CONTINUED = 5
 _lock = threading.Lock()
 _library: Any = None
 _log: collections.deque[tuple[int, str, str]] = collections.deque(maxlen=600)
 _log_count = 0
+_log_open = False
 _keep_alive: list[Any] = []
 
 
@@ -119,15 +121,20 @@ def _redirect_log(lib: Any) -> None:
     """llama.cpp writes hundreds of lines to stderr; keep the last ones and show them on errors."""
 
     def keep(level: int, text: bytes, _user: Any) -> None:
-        global _log_count
+        global _log_count, _log_open
         try:
+            kind = _LEVELS.get(level, "info")
             line = text.decode("utf-8", errors="replace").rstrip("\n")
-            if level == 5 and _log:  # a continuation of the line before
-                number, kind, begun = _log.pop()
-                _log.append((number, kind, begun + line))
-            elif line:
+            if level == _CONTINUED:
+                if _log_open and _log:
+                    number, before, begun = _log.pop()
+                    _log.append((number, before, begun + line))
+                return
+            # Debug lines come one for each tensor and would push the interesting ones out.
+            _log_open = kind != "debug" and bool(line)
+            if _log_open:
                 _log_count += 1
-                _log.append((_log_count, _LEVELS.get(level, "info"), line))
+                _log.append((_log_count, kind, line))
         except Exception:  # an exception cannot pass through C; losing a log line is harmless
             return
 
