@@ -88,7 +88,7 @@ def _autocorrelation(frames: Array) -> tuple[Array, Array]:
     plain = np.fft.irfft(spectrum.real**2 + spectrum.imag**2, _NFFT)[:, : len(own)]
     energy = plain[:, 0].astype(np.float32)
     corr = plain / np.maximum(energy, 1e-12)[:, None] / own
-    return corr.astype(np.float32, copy=False), energy / WINDOW
+    return corr.astype(np.float32, copy=False), energy * np.float32(1 / WINDOW)
 
 
 def _peaks(corr: Array) -> tuple[NDArray[np.int64], Array, Array, Array]:

@@ -1,0 +1,350 @@
+"""From a clip to features: sound, picture and face work side by side.
+
+One thread reads and describes the sound, one decodes frames, and the caller's thread follows the
+face. Each is sequential in itself, so results don't depend on how many of them run at once.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mse_runtime.errors import UsageError
+from mse_runtime.features.npz import load_npz, save_npz
+from mse_runtime.features.spec import Features, FeatureTrack, get_spec
+
+if TYPE_CHECKING:
+    from mse_runtime.features.face import FaceExtractor, FaceResult
+    from mse_runtime.media import ClipInfo, Sample, Window
+
+__all__ = ["extract", "load_npz", "save_npz"]
+
+Trace = Callable[[str, float], None]
+
+_AHEAD = 4
+"""Decoded frames that may wait for the face, 1.6 MB each."""
+_SHORT = 0.5
+"""Seconds by which a stream may end before its header says so without a word."""
+_SOUND_ONLY = frozenset({".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac", ".amr", ".wma"})
+
+
+def extract(
+    path: str | Path,
+    *,
+    audio_spec: str | None = "lld13/1",
+    face_spec: str | None = "face167/1",
+    fps: float | None = None,
+    start: float | None = None,
+    end: float | None = None,
+    max_seconds: float | None = 60.0,
+    threads: int | None = None,
+    trace: Trace | None = None,
+    keep_frames: int = 0,
+) -> Features:
+    """Features of a clip.
+
+    Args:
+        path: a video or sound file.
+        audio_spec, face_spec: spec ids; None leaves the modality out without a warning.
+        fps: frames looked at a second; None takes the face spec's rate.
+        start, end: seconds on the clip's clock.
+        max_seconds: longest part that is read; None for no limit.
+        threads: how much may run at once; None for all cores of this process, 1 for none beside
+            the caller's. The result is the same.
+        trace: called with a stage's name ("probe", "decode", "audio", "face") and its seconds.
+        keep_frames: this many frames, evenly spread, are kept in `info["frames"]` as dicts
+            {time, image uint8 [H, W, 3], mesh or None}.
+
+    Returns:
+        Features; a modality the clip doesn't have is None and said in `warnings`.
+
+    Raises:
+        MediaError: the clip cannot be read. BundleError: unknown spec id.
+        UsageError: a spec that cannot be computed here, or a window that makes no sense.
+    """
+    _check(audio_spec, "audio")
+    _check(face_spec, "face")
+    watch = _Watch()
+    face = _Face(face_spec, fps, keep_frames)
+    if Path(path).suffix.lower() not in _SOUND_ONLY:
+        # The networks load in a thread of their own while FFmpeg loads here.
+        face.load()
+    with watch("probe"):
+        from mse_runtime import media
+
+        clip = media.probe(path)
+        window, said = media.plan_window(clip, start, end, max_seconds)
+    cores = _cores() if threads is None else max(1, threads)
+    sound = _Sound(audio_spec)
+    if cores > 1:
+        with _Beside(lambda: sound.run(clip, window, watch)):
+            face.run(clip, window, watch, cores)
+    else:
+        sound.run(clip, window, watch)
+        face.run(clip, window, watch, cores)
+    stop = max(sound.end, face.end, window.start)
+    warnings = [*_masked(clip, audio_spec, face_spec), *said, *sound.warnings, *face.warnings]
+    warnings += _breaks_off(clip, window, stop, audio_spec, face_spec)
+    if trace is not None:
+        for stage, seconds in watch.spent.items():
+            trace(stage, seconds)
+    info: dict[str, Any] = {
+        "clip": {"format": clip.format, "declared_seconds": clip.duration},
+        "window": [window.start, stop],
+        "fps": face.fps,
+        "decode": face.stats,
+        "face": face.info,
+        "seconds": watch.spent,
+    }
+    if keep_frames:
+        info["frames"] = face.pictures()
+    unique = tuple(dict.fromkeys(warnings))
+    return Features(sound.track, face.track, stop - window.start, unique, info)
+
+
+class _Sound:
+    """The voice: one window's sound and its descriptors."""
+
+    def __init__(self, spec_id: str | None) -> None:
+        self.spec_id = spec_id
+        self.track: FeatureTrack | None = None
+        self.warnings: list[str] = []
+        self.end = 0.0
+
+    def run(self, clip: ClipInfo, window: Window, watch: _Watch) -> None:
+        if self.spec_id is None or clip.audio is None:
+            return
+        from mse_runtime.media import SoundReader
+
+        with watch("audio"):
+            wave = SoundReader(clip, window).read()
+            if wave is None:
+                return
+            self.warnings += wave.warnings
+            if not len(wave.samples):
+                self.warnings.append("no sound in this part of the clip: the voice is masked")
+                return
+            self.end = wave.end
+            self.track = describe_sound(wave.samples, wave.start, self.spec_id)
+        if not len(self.track):
+            self.track = None
+            self.warnings.append("the sound is shorter than 20 ms: the voice is masked")
+
+
+class _Face:
+    """The face: frames decoded ahead in one thread, followed in the caller's."""
+
+    def __init__(self, spec_id: str | None, fps: float | None, keep: int) -> None:
+        self.fps = fps if fps is not None or spec_id is None else get_spec(spec_id).rate
+        self.track: FeatureTrack | None = None
+        self.warnings: list[str] = []
+        self.end = 0.0
+        self.stats: dict[str, Any] = {}
+        self.info: dict[str, Any] = {}
+        self._spec_id = spec_id
+        self._kept = _Keeper(keep)
+        self._extractor: FaceExtractor | None = None
+        self._result: FaceResult | None = None
+
+    def load(self) -> None:
+        if self._spec_id is not None and self._extractor is None:
+            from mse_runtime.features.face import FaceExtractor
+
+            self._extractor = FaceExtractor(self._spec_id, keep_mesh=self._kept.wanted > 0)
+
+    def run(self, clip: ClipInfo, window: Window, watch: _Watch, cores: int) -> None:
+        if self._spec_id is None or self.fps is None or clip.video is None:
+            return
+        from mse_runtime.media import FrameReader
+
+        self.load()
+        assert self._extractor is not None
+        reader = FrameReader(clip, window, self.fps, threads=cores)
+        samples = watch.each("decode", reader)
+        count = 0
+        for sample in _ahead(samples) if cores > 1 else samples:
+            with watch("face"):
+                self._extractor.add(sample.image, sample.time)
+            self._kept.offer(count, sample)
+            count += 1
+        self.warnings += reader.warnings
+        self.stats = reader.stats
+        self.end = reader.stats["end"] or 0.0
+        if not count:
+            self.warnings.append("no picture in this part of the clip: the face is masked")
+            return
+        with watch("face"):
+            self._result = self._extractor.finish()
+        self.track, self.info = self._result.track, self._result.info
+        self.warnings += self._result.warnings
+
+    def pictures(self) -> list[dict[str, Any]]:
+        """The kept frames with the chosen face's mesh on them."""
+        meshes = None if self._result is None else self._result.mesh
+        return [
+            {"time": when, "image": image, "mesh": None if meshes is None else meshes[row]}
+            for row, when, image in self._kept.spread()
+        ]
+
+
+class _Keeper:
+    """Keeps some frames, evenly spread over a clip of unknown length."""
+
+    def __init__(self, wanted: int) -> None:
+        self.wanted = wanted
+        self._stride = 1
+        self._held: list[tuple[int, float, NDArray[np.uint8]]] = []
+
+    def offer(self, row: int, sample: Sample) -> None:
+        if self.wanted < 1 or row % self._stride:
+            return
+        self._held.append((row, sample.time, sample.image[:, :, :3].copy()))
+        if len(self._held) >= 2 * self.wanted + 1:
+            self._held = self._held[::2]
+            self._stride *= 2
+
+    def spread(self) -> list[tuple[int, float, NDArray[np.uint8]]]:
+        picks = np.linspace(0, len(self._held) - 1, min(self.wanted, len(self._held)))
+        return [self._held[round(i)] for i in picks]
+
+
+def describe_sound(samples: NDArray[np.int16], start: float, spec_id: str) -> FeatureTrack:
+    """The track `spec_id` of mono sound at 16 kHz that begins at `start` on the clip's clock."""
+    if spec_id == "egemaps25/1":
+        from mse_runtime.features.egemaps import HOP, egemaps_llds
+
+        values = egemaps_llds(samples)
+        times = start + HOP * (np.arange(len(values), dtype=np.float64) + 1)
+        return FeatureTrack(spec_id, values, np.ones(len(values), np.bool_), times)
+    from mse_runtime.features.audio import lld13
+
+    return lld13(samples, start)
+
+
+class _Watch:
+    """Seconds spent in each stage; stages overlap, so they don't add up to the whole."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent[stage] = self.spent.get(stage, 0.0) + time.perf_counter() - begin
+
+    def each(self, stage: str, items: Iterable[Sample]) -> Iterator[Sample]:
+        source = iter(items)
+        while True:
+            with self(stage):
+                item = next(source, None)
+            if item is None:
+                return
+            yield item
+
+
+class _Beside:
+    """Runs a job in a thread while a `with` block runs; its error is raised at the end."""
+
+    def __init__(self, job: Callable[[], None]) -> None:
+        self._job = job
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="mse-sound", daemon=True)
+
+    def _run(self) -> None:
+        try:
+            self._job()
+        except BaseException as error:
+            self._error = error
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._thread.join()
+        if kind is None and self._error is not None:
+            raise self._error
+
+
+def _ahead(source: Iterator[Sample]) -> Iterator[Sample]:
+    """The same items, prepared by a thread a few ahead of their use."""
+    ready: queue.Queue[Sample | BaseException | None] = queue.Queue(_AHEAD)
+    stop = threading.Event()
+
+    def fill() -> None:
+        last: BaseException | None = None
+        try:
+            for item in source:
+                if stop.is_set():
+                    return
+                ready.put(item)
+        except BaseException as error:
+            last = error
+        ready.put(last)
+
+    worker = threading.Thread(target=fill, name="mse-decode", daemon=True)
+    worker.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        # Whoever leaves early must not leave the worker waiting for room.
+        while worker.is_alive():
+            with suppress(queue.Empty):
+                ready.get(timeout=0.01)
+
+
+def _check(spec_id: str | None, modality: str) -> None:
+    if spec_id is None:
+        return
+    spec = get_spec(spec_id)
+    if spec.modality != modality:
+        raise UsageError(f"{spec_id} describes the {spec.modality}, not the {modality}.")
+    if not spec.extractable:
+        raise UsageError(
+            f"{spec_id} cannot be computed from a clip: {spec.description}. "
+            "Give the data set's own features with --features FILE.npz."
+        )
+
+
+def _masked(clip: ClipInfo, audio_spec: str | None, face_spec: str | None) -> list[str]:
+    said = []
+    if clip.audio is None and audio_spec is not None:
+        said.append("the clip has no sound: the voice is masked")
+    if clip.video is None and face_spec is not None:
+        said.append("the clip has no moving picture: the face is masked")
+    return said
+
+
+def _breaks_off(clip: ClipInfo, window: Window, stop: float, *specs: str | None) -> list[str]:
+    """A truncated file decodes without an error; only the declared length gives it away."""
+    streams = (clip.audio, clip.video)
+    ends = [s.end for s, spec in zip(streams, specs, strict=True) if s and spec and s.end]
+    declared = max(ends) if ends else clip.duration
+    if declared is None or (None in specs and not ends):
+        return []
+    expected = min(declared, window.end)
+    if expected - stop <= max(_SHORT, 0.02 * (expected - window.start)):
+        return []
+    return [
+        f"the clip breaks off at {stop:.1f} s of a declared {declared:.1f} s: "
+        "the file is probably truncated, what there is was used"
+    ]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
