@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mse_export.adapter_shapes import AdapterDims, infer_dims
 
-__all__ = ["build", "optimise", "save"]
+__all__ = ["as_array", "build", "optimise", "save"]
 
 Precision = Literal["fp32", "fp16"]
 Array = NDArray[np.float32]
@@ -130,7 +130,7 @@ def build(state: Mapping[str, Any], precision: Precision = "fp32") -> onnx.Model
     text f32 [B,Tt,D], text_len int64 [B]; output pseudo f32 [B,P,D]. A length of 0 gives h = 0.
     Raises BundleError for a missing or misshapen parameter.
     """
-    weights = {name: _as_array(value) for name, value in state.items()}
+    weights = {name: as_array(value) for name, value in state.items()}
     dims = infer_dims({name: value.shape for name, value in weights.items()})
     graph = _Graph(precision)
     for name, value in (
@@ -167,7 +167,8 @@ def build(state: Mapping[str, Any], precision: Precision = "fp32") -> onnx.Model
     return _finish(graph, dims)
 
 
-def _as_array(value: Any) -> Array:
+def as_array(value: Any) -> Array:
+    """A torch tensor or array-like as float32 numpy array."""
     if hasattr(value, "detach"):
         value = value.detach().to("cpu").float().numpy()
     return np.asarray(value, dtype=np.float32)
