@@ -10,17 +10,18 @@ from __future__ import annotations
 import logging
 import os
 import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from mse_runtime.bundle import MANIFEST, DamagedFileError, FileRef, HubRef, MissingFileError
 from mse_runtime.errors import BundleError
-
-if TYPE_CHECKING:
-    from mse_runtime.bundle import Bundle
 
 __all__ = ["HubError", "builtin_bundles", "fetch_gguf", "resolve_bundle"]
 
@@ -28,7 +29,9 @@ BUILTIN = Path(__file__).resolve().parent / "data" / "bundles"
 REPO_NAME = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>\w[\w./-]*))?", re.ASCII
 )
+COMMIT = re.compile(r"[0-9a-f]{40}")
 ATTEMPTS = 4
+CONNECT_SECONDS = 5.0
 log = logging.getLogger("mse_runtime")
 
 
@@ -68,27 +71,27 @@ def resolve_bundle(name: str | Path, *, offline: bool = False, progress: bool = 
             "org/repo or org/repo@revision of the Hugging Face hub."
         )
     with _progress_bars(progress):
-        return _fetch_bundle(found["repo"], found["revision"] or "main", _offline(offline))
+        return _fetch_bundle(_Repository(found["repo"], found["revision"] or "main", offline))
 
 
 def fetch_gguf(ref: HubRef, *, offline: bool = False, progress: bool = True) -> Path:
     """The checked local file of a language model on the hub, downloaded if needed."""
     with _progress_bars(progress):
-        path = _fetch(ref.repo, ref.revision, ref.file, _offline(offline))
+        path = _Repository(ref.repo, ref.revision, offline).fetch(ref.file)
     _check_download(path, ref)
     return path
 
 
-def _fetch_bundle(repo: str, revision: str, offline: bool) -> Path:
+def _fetch_bundle(repository: _Repository) -> Path:
     from mse_runtime import bundle_files, manifest
 
-    folder = _fetch(repo, revision, MANIFEST, offline).parent
-    bundle: Bundle = manifest.read(folder)
-    commit = folder.name  # so that all files are of one commit, even if the branch moves on
-    for ref in bundle_files.files(bundle):
-        _check_download(_fetch(repo, commit, ref.file, offline), ref)
+    folder = repository.fetch(MANIFEST).parent
+    # From here on by commit, so that all files belong together even if the branch moves on.
+    repository.revision = folder.name
+    for ref in bundle_files.files(manifest.read(folder)):
+        _check_download(repository.fetch(ref.file), ref)
     try:
-        _fetch(repo, commit, "README.md", offline)
+        repository.fetch("README.md")
     except BundleError as error:
         log.info("no model card: %s", error)
     return folder
@@ -111,29 +114,139 @@ def _check_download(path: Path, ref: FileRef | HubRef) -> None:
         ) from error
 
 
-def _fetch(repo: str, revision: str, name: str, offline: bool) -> Path:
-    """One file of a repository in the hub's cache. Broken connections are resumed a few times."""
-    from huggingface_hub import hf_hub_download
+class _Repository:
+    """A repository at a revision; `fetch` gives local files, from the cache where possible."""
 
-    for attempt in range(ATTEMPTS):
-        with _explained(repo, revision, name, offline):
-            try:
-                return Path(
-                    hf_hub_download(
-                        repo,
-                        name,
-                        revision=revision,
-                        cache_dir=_cache_folder(),
-                        local_files_only=offline,
-                        endpoint=os.environ.get("HF_ENDPOINT") or None,
-                        library_name="mse-runtime",
+    def __init__(self, repo: str, revision: str, offline: bool) -> None:
+        self.repo = repo
+        self.revision = revision
+        self.forbidden = offline or _switched_on("HF_HUB_OFFLINE")
+        self.endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+        self.cache = _cache_folder()
+
+    def fetch(self, name: str) -> Path:
+        """One file. A broken connection is resumed a few times, then in the next run."""
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+        with self._explained(name):
+            if COMMIT.fullmatch(self.revision):
+                known = try_to_load_from_cache(self.repo, name, self.cache, self.revision)
+                if isinstance(known, str):
+                    return Path(known)
+            for attempt in range(ATTEMPTS):
+                try:
+                    return Path(
+                        hf_hub_download(
+                            self.repo,
+                            name,
+                            revision=self.revision,
+                            cache_dir=self.cache,
+                            local_files_only=self.forbidden or self.unreachable is not None,
+                            endpoint=self.endpoint,
+                            library_name="mse-runtime",
+                        )
                     )
-                )
-            except OSError as error:
-                if attempt == ATTEMPTS - 1 or not _is_broken_stream(error):
-                    raise
-                log.warning("%s: the connection broke, resuming", name)
-    raise HubError(f"{repo} could not be downloaded.")  # not reached
+                except OSError as error:
+                    if attempt == ATTEMPTS - 1 or not _is_broken_stream(error):
+                        raise
+                    log.warning("%s: the connection broke, resuming", name)
+        raise HubError(f"{name} of {self.repo} could not be downloaded. Try again.")
+
+    @cached_property
+    def unreachable(self) -> str | None:
+        """Why the hub cannot be reached, or None.
+
+        The client would try for 20 seconds, also where all files are in the cache.
+        """
+        address = urlsplit(self.endpoint)
+        host, scheme = address.hostname or "", address.scheme
+        if scheme in getproxies() and not proxy_bypass(host):
+            return None
+        try:
+            port = address.port or (443 if scheme == "https" else 80)
+            socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            log.warning("%s cannot be reached (%s): using the cache", self.endpoint, reason)
+            return reason
+        return None
+
+    @contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
+        """Turn the client's errors into one paragraph that says what to do."""
+        from huggingface_hub import errors
+
+        repo, revision = self.repo, self.revision
+        try:
+            yield
+        except errors.LocalEntryNotFoundError as error:
+            raise self._not_in_cache(name, error) from error
+        except errors.GatedRepoError as error:
+            raise HubError(
+                f"{repo} is gated: its owners let in only people who accepted their terms. Open "
+                "its page on the hub and accept them, then log in here: hf auth login (or set "
+                "HF_TOKEN)."
+            ) from error
+        except errors.RevisionNotFoundError as error:
+            raise HubError(
+                f"{repo} has no revision {revision!r}. Give a branch, tag or commit of the "
+                "repository after the @, or leave it out for main."
+            ) from error
+        except errors.RepositoryNotFoundError as error:
+            raise HubError(
+                f"There is no repository {repo} on the hub ({self.endpoint}), or it is private. "
+                "Check the spelling; for a private one log in first: hf auth login (or set "
+                "HF_TOKEN)."
+            ) from error
+        except errors.EntryNotFoundError as error:
+            why = "so it is not a bundle" if name == MANIFEST else f"although {MANIFEST} names it"
+            raise HubError(
+                f"{repo} (revision {revision}) has no file {name}, {why}. Check the name after "
+                "--bundle and its revision."
+            ) from error
+        except errors.HfHubHTTPError as error:
+            raise self._refused(name, error) from error
+        except errors.HFValidationError as error:
+            raise HubError(
+                f"{repo!r} is not a repository name of the hub. It looks like org/repo."
+            ) from error
+        except OSError as error:
+            if _is_broken_stream(error):
+                raise HubError(
+                    f"The download of {name} of {repo} was interrupted. What came in is kept: run "
+                    "the same command again to go on from there."
+                ) from error
+            raise HubError(
+                f"{name} of {repo} could not be stored ({error}). Check the space and permissions "
+                f"of the download cache {self.cache} (HF_HUB_CACHE moves it)."
+            ) from error
+
+    def _not_in_cache(self, name: str, error: Exception) -> HubError:
+        what = f"{name} of {self.repo} (revision {self.revision}) is not in the download cache"
+        if self.forbidden:
+            return HubError(
+                f"{what} {self.cache}, and the network is not to be used. Run the command once "
+                "without --offline (and without HF_HUB_OFFLINE)."
+            )
+        if self.unreachable is None and error.__cause__ is not None:
+            return self._refused(name, error.__cause__)
+        return HubError(
+            f"{what}, and the hub ({self.endpoint}) cannot be reached: {self.unreachable}. Check "
+            "the connection (and HF_ENDPOINT, HTTPS_PROXY), or use a bundle in a folder."
+        )
+
+    def _refused(self, name: str, error: BaseException) -> HubError:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            return HubError(
+                f"The hub refused {self.repo} (HTTP {status}). Log in with an account that may "
+                "read it: hf auth login (or set HF_TOKEN to a valid token)."
+            )
+        what = f"answered HTTP {status}" if status else f"broke off ({type(error).__name__})"
+        return HubError(
+            f"The hub ({self.endpoint}) {what} when asked for {name} of {self.repo}. Try again "
+            "later; what was downloaded is kept."
+        )
 
 
 def _is_broken_stream(error: OSError) -> bool:
@@ -142,82 +255,6 @@ def _is_broken_stream(error: OSError) -> bool:
 
     broken = (requests.exceptions.ChunkedEncodingError, requests.exceptions.ConnectionError)
     return isinstance(error, broken)
-
-
-@contextmanager
-def _explained(repo: str, revision: str, name: str, offline: bool) -> Iterator[None]:
-    """Turn the hub client's errors into one paragraph that says what to do."""
-    from huggingface_hub import errors
-
-    where = f"{repo} (revision {revision}) on the Hugging Face hub"
-    try:
-        yield
-    except errors.LocalEntryNotFoundError as error:
-        if offline:
-            raise HubError(
-                f"{name} of {where} is not in the download cache {_cache_folder()}, and the "
-                "network is not to be used. Run the command once without --offline (and without "
-                "HF_HUB_OFFLINE)."
-            ) from error
-        raise HubError(
-            f"{where} cannot be reached ({_reason(error)}), and {name} is not in the download "
-            "cache. Check the connection (and HF_ENDPOINT, HTTPS_PROXY), or use a bundle in a "
-            "folder."
-        ) from error
-    except errors.GatedRepoError as error:
-        raise HubError(
-            f"{repo} is gated: its owners let in only people who accepted their terms. Open its "
-            "page on the hub and accept them, then log in here: hf auth login (or set HF_TOKEN)."
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise HubError(
-            f"{repo} has no revision {revision!r}. Give a branch, tag or commit of the repository "
-            "after the @, or leave it out for main."
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise HubError(
-            f"There is no repository {repo} on the Hugging Face hub, or it is private. Check the "
-            "spelling; for a private one log in first: hf auth login (or set HF_TOKEN)."
-        ) from error
-    except errors.EntryNotFoundError as error:
-        why = "so it is not a bundle" if name == MANIFEST else f"although its {MANIFEST} names it"
-        raise HubError(
-            f"{where} has no file {name}, {why}. Check the name after --bundle and its revision."
-        ) from error
-    except errors.HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
-        if status in (401, 403):
-            raise HubError(
-                f"The hub refused {where} (HTTP {status}). Log in with an account that may read "
-                "it: hf auth login (or set HF_TOKEN to a valid token)."
-            ) from error
-        raise HubError(
-            f"The hub answered HTTP {status} for {name} of {where}. Try again later; what was "
-            "downloaded is kept."
-        ) from error
-    except errors.HFValidationError as error:
-        raise HubError(
-            f"{repo!r} is not a repository name of the Hugging Face hub. It looks like org/repo."
-        ) from error
-    except OSError as error:
-        if _is_broken_stream(error):
-            raise HubError(
-                f"The download of {name} from {where} was interrupted. What came in is kept: run "
-                "the same command again to go on from there."
-            ) from error
-        raise HubError(
-            f"{name} of {where} could not be downloaded ({_reason(error)}). Check the space and "
-            f"permissions of the download cache {_cache_folder()} (HF_HUB_CACHE moves it) and try "
-            "again."
-        ) from error
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost cause in a few words."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:160]}"
 
 
 def _cache_folder() -> Path:
@@ -231,8 +268,8 @@ def _cache_folder() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def _offline(asked: bool) -> bool:
-    return asked or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+def _switched_on(name: str) -> bool:
+    return os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 @contextmanager
