@@ -224,6 +224,8 @@ def make_context(lib: Any, model: Any, options: Options) -> Any:
     params.n_threads = params.n_threads_batch = options.threads
     params.type_k = params.type_v = _KV_TYPES[options.kv_type]
     flash = options.flash_attention
+    if flash is None and options.kv_type == "f32":
+        flash = False  # it would round the keys and values to float16 again
     params.flash_attn_type = -1 if flash is None else int(flash)
     params.kv_unified = True  # sequences share cells: copying a prefix costs nothing
     params.offload_kqv = params.op_offload = options.n_gpu_layers != 0

@@ -74,7 +74,8 @@ class Backbone(Sequences):
         kv_type: `f32` doubles the cache and makes runs comparable to 1e-4.
         low_memory: keep the weights as they are in the mapped file (no repacked copy), slower.
         extra_bufts: allow repacking and AMX; None asks the first-run probe (see `probe`).
-        flash_attention: None lets llama.cpp decide.
+        flash_attention: None lets llama.cpp decide; with `f32` None means no, since flash
+        attention rounds the cache to float16.
         n_outputs_max: rows of logits one pass may give (memory: 4 n_vocab bytes each).
         tree_width: leaves of a `decode_tree` that one pass takes.
         progress: called with 0.0 .. 1.0 while the weights load; may raise to stop it.
