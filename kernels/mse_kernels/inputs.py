@@ -74,7 +74,7 @@ def refuse_lengths(batch: Batch) -> None:
         if wrong.size:
             b = int(wrong[0])
             raise InputError(
-                f"{name}_len[{b}] is {int(lengths[b])}, outside 0..{steps} ({name} has {steps} rows)"
+                f"{name}_len[{b}] is {int(lengths[b])}, outside 0..{steps}, the rows of {name}"
             )
 
 

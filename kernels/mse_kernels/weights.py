@@ -45,7 +45,7 @@ class Weights:
 
     @classmethod
     def of(cls, weights: Mapping[str, npt.NDArray[Any]] | Weights) -> Weights:
-        """Check `weights`; raises WeightsError with the parameter's name. Other keys are ignored."""
+        """Check `weights`; WeightsError names the parameter. Other keys are ignored."""
         if isinstance(weights, Weights):
             return weights
         arrays: dict[str, F32] = {}

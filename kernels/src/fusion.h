@@ -16,28 +16,40 @@ bool finite(const float *x, size_t n) {
   return sum(add(add(a, b), add(c, d))) + rest == 0.0f;
 }
 
+// Rows are read four at a time, each from end to end: the sums stay in the first-level cache, and
+// memory sees a few long streams. Every column is one chain of additions in the order of the rows.
 bool mean(const float *rows, int64_t n, int D, float *out) {
   const float scale = n > 0 ? 1.0f / static_cast<float>(n) : 0.0f;
   const V zero = set1(0.0f), factor = set1(scale);
-  V bad = zero;
-  int d = 0;
-  for (; d + 8 * W <= D; d += 8 * W) {
-    V s[8];
-    for (int j = 0; j < 8; j++) s[j] = zero;
-    const float *row = rows + d;
-    for (int64_t t = 0; t < n; t++, row += D)
-      for (int j = 0; j < 8; j++) s[j] = add(s[j], load(row + j * W));
-    for (int j = 0; j < 8; j++) {
-      bad = fma(s[j], zero, bad);
-      store(out + d + j * W, mul(s[j], factor));
+  const int wide = D / W * W;
+  for (int d = 0; d < D; d++) out[d] = 0.0f;
+  int64_t t = 0;
+  for (; t + 4 <= n; t += 4) {
+    const float *a = rows + t * D, *b = a + D, *c = b + D, *e = c + D;
+    int d = 0;
+    for (; d < wide; d += W) {
+      const V s = add(add(load(out + d), load(a + d)), load(b + d));
+      store(out + d, add(add(s, load(c + d)), load(e + d)));
     }
+    for (; d < D; d++) out[d] = (((out[d] + a[d]) + b[d]) + c[d]) + e[d];
   }
+  for (; t < n; t++) {
+    const float *a = rows + t * D;
+    int d = 0;
+    for (; d < wide; d += W) store(out + d, add(load(out + d), load(a + d)));
+    for (; d < D; d++) out[d] += a[d];
+  }
+  V bad = zero;
   float rest = 0.0f;
+  int d = 0;
+  for (; d < wide; d += W) {
+    const V s = mul(load(out + d), factor);
+    bad = fma(s, zero, bad);
+    store(out + d, s);
+  }
   for (; d < D; d++) {
-    float s = 0.0f;
-    for (int64_t t = 0; t < n; t++) s += rows[t * D + d];
-    rest += s * 0.0f;
-    out[d] = s * scale;
+    out[d] *= scale;
+    rest += out[d] * 0.0f;
   }
   return sum(bad) + rest == 0.0f;
 }

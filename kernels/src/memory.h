@@ -1,38 +1,62 @@
-// Memory aligned to a cache line, counted; nothing is allocated after mse_open.
+// Aligned memory; nothing is allocated after mse_open.
 #ifndef MSE_MEMORY_H
 #define MSE_MEMORY_H
 
-#include <stdint.h>
+#include <stddef.h>
 
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace mse {
 
-constexpr std::align_val_t kLine{64};
+constexpr size_t kLine = 64;
+constexpr size_t kHugePage = size_t{1} << 21;
+constexpr size_t kHugeFrom = size_t{1} << 19;
 
 template <class T> class Buffer {
  public:
   Buffer() = default;
   Buffer(const Buffer &) = delete;
   Buffer &operator=(const Buffer &) = delete;
-  ~Buffer() { ::operator delete(data_, kLine); }
+  ~Buffer() { release(); }
 
   // Zeroed; the old contents are gone. Throws std::bad_alloc.
   T *reset(size_t n) {
-    ::operator delete(data_, kLine);
-    data_ = nullptr;
+    release();
+    size_t bytes = n * sizeof(T) + kLine;
+    align_ = kLine;
+#if defined(__linux__)
+    // A wide matrix is streamed once per call, 1024 small pages of 4 MB: huge pages save the page
+    // walks.
+    if (bytes >= kHugeFrom) {
+      align_ = kHugePage;
+      bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    }
+#endif
+    data_ = static_cast<T *>(::operator new(bytes, std::align_val_t{align_}));
     size_ = n;
-    data_ = static_cast<T *>(::operator new(n * sizeof(T) + 64, kLine));
+#if defined(__linux__)
+    if (align_ == kHugePage) madvise(data_, bytes, MADV_HUGEPAGE);  // a wish; refusal is fine
+#endif
     for (size_t i = 0; i < n; i++) data_[i] = T();
     return data_;
   }
   T *get() const { return data_; }
   T *at(size_t i) const { return data_ + i; }
-  int64_t bytes() const { return static_cast<int64_t>(size_ * sizeof(T)); }
+  size_t bytes() const { return size_ * sizeof(T); }
 
  private:
+  void release() {
+    ::operator delete(data_, std::align_val_t{align_});
+    data_ = nullptr;
+    size_ = 0;
+  }
+
   T *data_ = nullptr;
-  size_t size_ = 0;
+  size_t size_ = 0, align_ = kLine;
 };
 
 }  // namespace mse

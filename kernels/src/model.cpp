@@ -76,15 +76,15 @@ mse_handle::mse_handle(const mse_dims &d, const mse_weights &w, const mse::Kerne
 }
 
 int64_t mse_handle::weight_bytes() const {
-  int64_t n = slope_.bytes() + shift_.bytes() + text_.bytes() + first_.bytes() + second_.bytes() +
+  size_t n = slope_.bytes() + shift_.bytes() + text_.bytes() + first_.bytes() + second_.bytes() +
               up_.bytes();
   for (int m = 0; m < 2; m++) n += lstm_[m].in.bytes() + lstm_[m].rec.bytes() + lin_[m].bytes();
-  return n;
+  return static_cast<int64_t>(n);
 }
 
 int64_t mse_handle::scratch_bytes() const {
-  int64_t n = mean_.bytes() + know_.bytes() + mixed_.bytes() + expert_.bytes() + fused_.bytes() +
+  size_t n = mean_.bytes() + know_.bytes() + mixed_.bytes() + expert_.bytes() + fused_.bytes() +
               recur_.bytes() + panel_.bytes();
   for (int m = 0; m < 2; m++) n += hidden_[m].bytes() + encoded_[m].bytes();
-  return n;
+  return static_cast<int64_t>(n);
 }

@@ -15,7 +15,7 @@ namespace mse {
 // Samples that go through together; scratch memory is sized for it, any batch is cut into it.
 constexpr int kBlock = 64;
 // Samples whose small layers run as one GEMM.
-constexpr int kTile = 12;
+constexpr int kTile = 24;
 
 const Kernels *find_kernels(const char *isa);  // "" is the best one; null if unknown or unusable
 

@@ -20,7 +20,7 @@ struct Matrix {
   // Takes room for [N, K] (N rounded up to panels).
   void shape(int N, int K, int panel, int storage);
   void set(int n, int k, float v, int panel);
-  int64_t bytes() const { return wide.bytes() + half.bytes() + bias.bytes(); }
+  size_t bytes() const { return wide.bytes() + half.bytes() + bias.bytes(); }
 };
 
 // w [N, K] and b [N] as they are.
