@@ -151,8 +151,8 @@ class KernelAdapter(_Checked):
         import mse_kernels
 
         try:
-            self._kernel: Any = mse_kernels.open(name, weights, threads)
-        except (OSError, RuntimeError, ValueError) as error:
+            self._kernel: Any = mse_kernels.open(name.removeprefix("kernels-"), weights, threads)
+        except (mse_kernels.KernelError, OSError, RuntimeError) as error:
             raise DeviceError(
                 f"The adapter backend {name} does not start: {error}. Use --adapter onnx."
             ) from error
@@ -209,7 +209,7 @@ def kernel_reasons() -> dict[str, str | None]:
     try:
         import mse_kernels
 
-        return {str(name): reason for name, reason in mse_kernels.available().items()}
+        return {f"kernels-{name}": reason for name, reason in mse_kernels.available().items()}
     except (ImportError, AttributeError, OSError) as error:
         return dict.fromkeys(("kernels-cpu", "kernels-cuda"), f"mse_kernels: {error}")
 
@@ -289,8 +289,12 @@ def _open_session(path: Path, threads: int, provider: Provider) -> Any:
     # Spinning threads would take the cores from the language model between two calls.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    # Files that the manifest does not name must not be pulled in as external tensor data: from
+    # bytes, with a place that is no folder, ONNX Runtime refuses every such reference.
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(path)
+    )
     try:
-        # Bytes, not the path: a graph must not pull in other files as external data.
         model = path.read_bytes()
         session = onnxruntime.InferenceSession(model, options, providers=providers)
     except OSError as error:
