@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,7 +139,7 @@ def assemble(
     )
     partial = folder / "manifest.partial"
     partial.write_text(json.dumps(bundle.to_dict(), indent=1, ensure_ascii=False) + "\n", "utf-8")
-    os.replace(partial, folder / "manifest.json")
+    partial.replace(folder / "manifest.json")
     return bundle
 
 

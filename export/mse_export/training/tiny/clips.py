@@ -7,7 +7,6 @@ decoded file would. Rendered features are kept in shards, so a killed run goes o
 from __future__ import annotations
 
 import logging
-import os
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -133,7 +132,7 @@ def _render_shard(specs: Sequence[ClipSpec], path: Path) -> int:
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
         np.savez(file, **arrays)
-    os.replace(partial, path)
+    partial.replace(path)
     return len(specs)
 
 

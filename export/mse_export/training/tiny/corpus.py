@@ -7,10 +7,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mse_export.training.tiny.grammar import Sentence, any_sentence, emotion_sentence
+from mse_export.training.tiny.grammar import (
+    Sentence,
+    any_sentence,
+    clip_sentence,
+    emotion_sentence,
+)
 from mse_export.training.tiny.lexicon import lexicon, vader
 
-__all__ = ["NO_TARGET", "Example", "Feed", "encode", "sentences", "word_examples"]
+__all__ = ["NO_TARGET", "Example", "Feed", "clip_examples", "encode", "sentences", "word_examples"]
 
 #: Marks a token with no word valence to predict.
 NO_TARGET = -9.0
@@ -99,3 +104,9 @@ class Feed:
     def next(self, task: str) -> list[Example]:
         """The next batch for a task."""
         return next(self._queues[task])
+
+
+def clip_examples(processor: Any, count: int, seed: int) -> list[Example]:
+    """Sentences as actors say them."""
+    rng = random.Random(seed)
+    return encode(processor, [clip_sentence(rng) for _ in range(count)])

@@ -186,7 +186,7 @@ def draw(
     _hair(canvas, flat, look, level, unit)
     small = np.asarray(canvas.image.reduce(_SUPER), np.float32) * look.gain
     small += rng.standard_normal(small.shape, np.float32) * look.noise
-    return np.clip(small, 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(small, 0, 255), np.uint8)
 
 
 def _body(canvas: _Canvas, flat: Floats, look: Look) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ def write(path: Path, model: TinyLlama, processor: Any) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def _vocabulary(writer: gguf.GGUFWriter, processor: Any) -> None:

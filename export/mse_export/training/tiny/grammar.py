@@ -13,10 +13,55 @@ from mse_export.training.tiny.lexicon import EMOTIONS, lexicon, vader
 
 __all__ = ["Sentence", "any_sentence", "clip_sentence", "emotion_sentence", "neutral_sentence"]
 
-_ONSETS = "b d f g h j k l m n p r s t w z st tr bl ch sh th".split()
-_VOWELS = "a e i o u ee ou ai".split()
+_ONSETS = [
+    "b",
+    "d",
+    "f",
+    "g",
+    "h",
+    "j",
+    "k",
+    "l",
+    "m",
+    "n",
+    "p",
+    "r",
+    "s",
+    "t",
+    "w",
+    "z",
+    "st",
+    "tr",
+    "bl",
+    "ch",
+    "sh",
+    "th",
+]
+_VOWELS = ["a", "e", "i", "o", "u", "ee", "ou", "ai"]
 _CODAS = ["", "n", "r", "l", "s", "t", "ck"]
-_ODD = "é ü ñ ç — – … ♪ 😀 😢 # & * / ( ) : ; $ % @".split()
+_ODD = [
+    "é",
+    "ü",
+    "ñ",
+    "ç",
+    "—",
+    "–",
+    "…",
+    "♪",
+    "😀",
+    "😢",
+    "#",
+    "&",
+    "*",
+    "/",
+    "(",
+    ")",
+    ":",
+    ";",
+    "$",
+    "%",
+    "@",
+]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import random
 import time
 from dataclasses import dataclass, replace
@@ -104,7 +103,7 @@ def save_model(path: Path, model: TinyLlama, **more: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def load_model(path: Path) -> TinyLlama:
@@ -267,7 +266,7 @@ def train_stage(
             state = {"parts": parts.state_dict(), "optimiser": optimiser.state_dict(), "step": done}
             partial = state_file.with_suffix(".partial")
             torch.save(state, partial)
-            os.replace(partial, state_file)
+            partial.replace(state_file)
             save_model(out.with_suffix(".latest"), model)
             _LOG.info("%s", validate_text(model, processor))
     save_model(out, model)
@@ -282,7 +281,7 @@ def validate_text(
     """On unseen sentences: correlation and error of the expected value, emotion accuracy."""
     found = sentences(processor, count, seed)
     pieces, answers = Pieces(processor), Answers(processor)
-    guess, truth = [], []
+    guess, truth = [], list[float]()
     hits, asked = 0, 0
     ordered = sorted(found, key=lambda e: len(e.ids))
     for k in range(0, len(ordered), 100):
@@ -291,14 +290,14 @@ def validate_text(
         lengths = torch.tensor([len(r) for r in rows])
         with torch.no_grad():
             prompt = model.embed(pad(rows))
-        guess.append(expected(read_numbers(model, answers, prompt, lengths)))
+        guess.append(expected(read_numbers(model, answers, prompt, lengths)[0]))
         truth.extend(e.valence for e in part)
         one = [e for e in part if e.emotion is not None]
         rows = [build_row(pieces, e.ids, "emotion", "pseudo-last", 0).ids for e in one]
         lengths = torch.tensor([len(r) for r in rows])
         with torch.no_grad():
             prompt = model.embed(pad(rows))
-        best = read_emotions(model, answers, prompt, lengths).argmax(1)
+        best = read_emotions(model, answers, prompt, lengths)[0].argmax(1)
         hits += int((best == np.array([e.emotion for e in one])).sum())
         asked += len(one)
     value, real = np.concatenate(guess), np.array(truth)

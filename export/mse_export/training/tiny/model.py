@@ -150,7 +150,7 @@ class TinyLlama(nn.Module):
     def forward(
         self, rows: Tensor, positions: Tensor | None = None, allowed: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Hidden states after the last norm, and those after the second block (for auxiliary heads).
+        """Hidden states after the last norm, and after the second block (for auxiliary heads).
 
         `rows` [B, T, width]; `positions` [B or 1, T] (default 0..T-1); `allowed` bool
         [B or 1, T, T] (default causal).

@@ -6,6 +6,8 @@ validation, where a thousand prompts are read at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -14,7 +16,7 @@ from torch import Tensor
 from mse_export.training.tiny.layout import Answers
 from mse_export.training.tiny.model import TinyLlama
 
-__all__ = ["read_emotions", "read_numbers"]
+__all__ = ["expected", "read_emotions", "read_numbers"]
 
 _SCALE = np.arange(-30, 31, dtype=np.float64) / 10
 
@@ -48,17 +50,23 @@ class _Trie:
 
 @torch.no_grad()
 def read_numbers(
-    model: TinyLlama, answers: Answers, rows: Tensor, lengths: Tensor
+    model: TinyLlama,
+    answers: Answers,
+    rows: Tensor,
+    lengths: Tensor,
+    temperatures: Sequence[float] = (1.0,),
 ) -> NDArray[np.float64]:
-    """Probabilities of -3.0..+3.0, float64 [B, 61], after prompts `rows` [B, T, D].
+    """Probabilities of -3.0..+3.0, float64 [temperatures, B, 61], after prompts `rows` [B, T, D].
 
-    `lengths` [B]: the prompt's own length in each row; what follows is padding.
+    `lengths` [B]: the prompt's own length in each row; what follows is padding. A temperature
+    divides the logits at every branch, as in the runtime.
     """
     trie = _Trie(answers)
     batch, length, _ = rows.shape
     count = len(trie.nodes)
     tokens = torch.tensor([token for token, _ in trie.nodes])
-    depth, ancestor = [], torch.zeros(count, count, dtype=torch.bool)
+    depth: list[int] = []
+    ancestor = torch.zeros(count, count, dtype=torch.bool)
     for node, (_, parent) in enumerate(trie.nodes):
         depth.append(0 if parent < 0 else depth[parent] + 1)
         ancestor[node, node] = True
@@ -77,10 +85,19 @@ def read_numbers(
     hidden = hidden.float()
     last = hidden[torch.arange(batch), lengths - 1]
     weight = model.lm_head.weight
+    raw = {
+        node: (last if node < 0 else hidden[:, length + node]) @ weight[options].T
+        for node, options in trie.children.items()
+    }
+    return np.stack([_numbers(trie, answers, raw, t) for t in temperatures])
+
+
+def _numbers(
+    trie: _Trie, answers: Answers, raw: dict[int, Tensor], temperature: float
+) -> NDArray[np.float64]:
     after: dict[tuple[int, int], Tensor] = {}
     for node, options in trie.children.items():
-        state = last if node < 0 else hidden[:, length + node]
-        logs = (state @ weight[options].T).log_softmax(-1)
+        logs = (raw[node] / temperature).log_softmax(-1)
         for k, token in enumerate(options):
             after[node, token] = logs[:, k]
     total = torch.stack(
@@ -102,12 +119,16 @@ def expected(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
 
 @torch.no_grad()
 def read_emotions(
-    model: TinyLlama, answers: Answers, rows: Tensor, lengths: Tensor
+    model: TinyLlama,
+    answers: Answers,
+    rows: Tensor,
+    lengths: Tensor,
+    temperatures: Sequence[float] = (1.0,),
 ) -> NDArray[np.float64]:
-    """Probabilities of the emotions, float64 [B, 7], after prompts `rows` [B, T, D]."""
+    """Probabilities of the emotions, [temperatures, B, 7], after prompts `rows` [B, T, D]."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         hidden, _ = model(rows)
     last = hidden.float()[torch.arange(rows.shape[0]), lengths - 1]
     options = [ids[0] for ids in answers.emotion_ids]
     logits = last @ model.lm_head.weight[options].T
-    return np.asarray(logits.double().softmax(-1).numpy(), dtype=np.float64)
+    return np.stack([(logits.double() / t).softmax(-1).numpy() for t in temperatures])

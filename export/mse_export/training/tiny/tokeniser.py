@@ -41,8 +41,7 @@ def _corpus(sentences: int, seed: int) -> Iterable[str]:
             yield tail
         for tenths in range(-30, 31, 5):
             yield f"{tenths / 10:+.1f}"
-        for name in EMOTIONS:
-            yield name
+        yield from EMOTIONS
 
 
 def train(path: Path, *, size: int, sentences: int, seed: int = 0) -> Any:

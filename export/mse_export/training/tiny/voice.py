@@ -101,7 +101,7 @@ def _espeak(text: str, voice: str, pitch: float, span: float, rate: float) -> Au
     with wave.open(io.BytesIO(done.stdout)) as file:
         # The header of a stream says nothing true about its length.
         raw = file.readframes(1 << 24)
-    return np.frombuffer(raw, np.int16).astype(np.float32) / 32768
+    return np.asarray(np.frombuffer(raw, np.int16) / np.float32(32768), np.float32)
 
 
 def _resample(x: Audio, rate: float) -> Audio:
@@ -123,7 +123,7 @@ def _warp(x: Audio, depth: float, rng: np.random.Generator) -> Audio:
     wander = np.interp(seconds, knots, rng.normal(0, 1, len(knots)))
     tremor = 2 * np.sin(2 * np.pi * rng.uniform(5, 7) * seconds + rng.uniform(0, 6))
     place = np.cumsum(1 + depth * (tremor + wander))
-    return np.interp(place * ((n - 1) / place[-1]), np.arange(n), x).astype(np.float32)
+    return np.asarray(np.interp(place * ((n - 1) / place[-1]), np.arange(n), x), np.float32)
 
 
 def _tilted(x: Audio, decibel: float) -> Audio:
@@ -193,4 +193,4 @@ def speak(
         noise -= np.convolve(noise, np.ones(400) / 400, "same")
         power = np.sqrt(float((x.astype(np.float64) ** 2).mean()) + 1e-12)
         x = x + noise / (noise.std() + 1e-9) * power * 10 ** (-rng.uniform(15, 40) / 20)
-    return np.clip(np.round(x * 32767), -32768, 32767).astype(np.int16)
+    return np.asarray(np.clip(np.round(x * 32767), -32768, 32767), np.int16)

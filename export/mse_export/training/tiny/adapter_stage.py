@@ -1,0 +1,358 @@
+"""Fitting the adapter to the frozen language model, both tasks in one adapter.
+
+Face and voice do not depend on the words, so half of the time a clip's media are paired with a
+fresh sentence of the grammar and labelled anew: far more combinations than clips. Modality
+dropout uses length 0, which is how the runtime tells the adapter that something is missing.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mse_export.adapter import Adapter
+from mse_export.adapter_shapes import AdapterDims
+from mse_export.training.tiny.assemble import Statistics
+from mse_export.training.tiny.clips import Rendered
+from mse_export.training.tiny.corpus import MAX_TOKENS, Example
+from mse_export.training.tiny.language import pad
+from mse_export.training.tiny.layout import Answers, Layout, Pieces, build_row
+from mse_export.training.tiny.model import TinyLlama
+from mse_export.training.tiny.readout import expected, read_emotions, read_numbers
+from mse_export.training.tiny.world import Media, fused_emotion, fused_sentiment
+
+__all__ = ["AdapterSchedule", "Item", "fit", "items", "statistics", "validate"]
+
+_LOG = logging.getLogger(__name__)
+CLIP = 5.0
+
+
+@dataclass(frozen=True)
+class AdapterSchedule:
+    """How one adapter is fitted."""
+
+    steps: int = 700
+    rate: float = 2e-3
+    batch: int = 64
+    emotion_share: float = 0.35
+    pseudo: int = 4
+    layout: Layout = "pseudo-last"
+    seed: int = 0
+    fresh_text: float = 0.5
+    mixer: bool = True
+    """False leaves the text out of the text-guided mixer (its gate becomes a constant)."""
+    single_scale: bool = False
+    """True keeps one expert of the three."""
+    drop_audio: float = 0.1
+    drop_face: float = 0.1
+    drop_both: float = 0.05
+
+
+@dataclass(frozen=True)
+class Item:
+    """A clip as the adapter sees it: normalised features, text ids, and what the labels follow."""
+
+    audio: NDArray[np.float32]
+    face: NDArray[np.float32]
+    ids: list[int]
+    valence: float
+    emotion: int | None
+    media: Media
+    identity: int
+
+
+def statistics(clips: Sequence[Rendered]) -> dict[str, Statistics]:
+    """Mean and standard deviation per column over every valid row of the training clips."""
+    audio = np.concatenate([c.audio for c in clips]).astype(np.float64)
+    face = np.concatenate([c.face[c.face_valid] for c in clips]).astype(np.float64)
+    out = {}
+    for name, rows, longest in (("audio", audio, 1200), ("face", face, 600)):
+        std = rows.std(0)
+        # A column that never changes carries nothing; a tiny deviation would blow it up.
+        std = np.where(std < 1e-4, 1.0, std)
+        out[name] = Statistics(rows.mean(0).astype("f4"), std.astype("f4"), longest)
+    return out
+
+
+def items(clips: Sequence[Rendered], processor: Any, stats: dict[str, Statistics]) -> list[Item]:
+    """Normalise as the runtime does: z-score, clamp, zeros where no face was seen."""
+    out = []
+    for clip in clips:
+        audio = (clip.audio - stats["audio"].mean) / stats["audio"].std
+        face = (clip.face - stats["face"].mean) / stats["face"].std
+        face = np.where(clip.face_valid[:, None], face, 0.0)
+        spec = clip.spec
+        out.append(
+            Item(
+                audio=np.clip(audio, -CLIP, CLIP).astype(np.float32),
+                face=np.clip(face, -CLIP, CLIP).astype(np.float32),
+                ids=list(processor.encode(spec.text))[:MAX_TOKENS],
+                valence=spec.text_valence,
+                emotion=spec.text_emotion,
+                media=spec.media,
+                identity=spec.identity,
+            )
+        )
+    return out
+
+
+def _padded(rows: Sequence[NDArray[np.float32]]) -> Tensor:
+    out = torch.zeros(len(rows), max(1, *(len(r) for r in rows)), rows[0].shape[1])
+    for k, row in enumerate(rows):
+        out[k, : len(row)] = torch.from_numpy(row)
+    return out
+
+
+class Prompter:
+    """Builds the language model's input rows for clips, with the adapter's pseudo tokens in."""
+
+    def __init__(
+        self, model: TinyLlama, adapter: Adapter, processor: Any, layout: Layout, mixer: bool
+    ) -> None:
+        self.model, self.adapter, self.layout, self.mixer = model, adapter, layout, mixer
+        self.pieces, self.answers = Pieces(processor), Answers(processor)
+
+    def rows(
+        self,
+        batch: Sequence[Item],
+        task: str,
+        answer: list[list[int]] | None = None,
+        *,
+        audio: Sequence[bool] | None = None,
+        face: Sequence[bool] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows [B, T, D], prompt lengths [B] and ids [B, T]; `answer` is appended where given."""
+        pseudo = self.adapter.dims.n_pseudo
+        built = [build_row(self.pieces, i.ids, task, self.layout, pseudo) for i in batch]
+        tails = answer or [[] for _ in batch]
+        ids = pad([row.ids + tail for row, tail in zip(built, tails, strict=True)])
+        lengths = torch.tensor([len(row.ids) for row in built])
+        text_length = torch.tensor([len(i.ids) for i in batch])
+        text = self.model.embed(pad([i.ids or [0] for i in batch]))
+        if not self.mixer:
+            text = torch.zeros_like(text)
+        keep_audio = audio if audio is not None else [True] * len(batch)
+        keep_face = face if face is not None else [True] * len(batch)
+        tokens = self.adapter(
+            _padded([i.audio for i in batch]),
+            torch.tensor([len(i.audio) * k for i, k in zip(batch, keep_audio, strict=True)]),
+            _padded([i.face for i in batch]),
+            torch.tensor([len(i.face) * k for i, k in zip(batch, keep_face, strict=True)]),
+            text,
+            text_length,
+        )
+        places = torch.tensor([row.slot for row in built])[:, None] + torch.arange(pseudo)
+        rows = self.model.embed(ids)
+        index = places[..., None].expand(-1, -1, self.model.width)
+        return rows.scatter(1, index, tokens), lengths, ids
+
+
+def _augment(item: Item, rng: np.random.Generator) -> Item:
+    """A little noise, a shifted resting level, and another start."""
+
+    def shake(rows: NDArray[np.float32], offset: float) -> NDArray[np.float32]:
+        start = int(rng.integers(0, max(1, len(rows) // 6)))
+        part = rows[start:]
+        shift = rng.normal(0, offset, (1, rows.shape[1]))
+        noise = rng.normal(0, 0.1, part.shape)
+        return np.asarray(part + shift + noise, np.float32)
+
+    return Item(
+        audio=shake(item.audio, 0.2),
+        face=shake(item.face, 0.15),
+        ids=item.ids,
+        valence=item.valence,
+        emotion=item.emotion,
+        media=item.media,
+        identity=item.identity,
+    )
+
+
+def _with_text(item: Item, sentence: Example) -> Item:
+    return Item(
+        item.audio,
+        item.face,
+        sentence.ids,
+        sentence.valence,
+        sentence.emotion,
+        item.media,
+        item.identity,
+    )
+
+
+def _new_adapter(model: TinyLlama, schedule: AdapterSchedule, widths: tuple[int, int]) -> Adapter:
+    torch.manual_seed(schedule.seed)
+    adapter = Adapter(
+        AdapterDims(
+            n_embd=model.width,
+            audio_dim=widths[0],
+            video_dim=widths[1],
+            audio_hidden=64,
+            video_hidden=64,
+            n_pseudo=schedule.pseudo,
+        )
+    )
+    # The mixer multiplies: started at one it passes the media through.
+    nn.init.normal_(adapter.text_guide_mixer.text_mlp.weight, 0.0, 0.02)
+    nn.init.ones_(adapter.text_guide_mixer.text_mlp.bias)
+    if schedule.single_scale:
+        for name in ("scale2", "scale3"):
+            for parameter in adapter.mutli_scale_fusion.get_submodule(name).parameters():
+                nn.init.zeros_(parameter)
+                parameter.requires_grad_(False)
+    return adapter
+
+
+def fit(
+    model: TinyLlama,
+    processor: Any,
+    training: Sequence[Item],
+    fresh: Sequence[Example],
+    validation: Sequence[Item],
+    schedule: AdapterSchedule,
+    *,
+    every: int = 100,
+) -> tuple[Adapter, dict[str, float]]:
+    """Fit an adapter, keep the best of its validations; returns it and that validation.
+
+    `fresh` are short sentences of the grammar that clips' media are paired with.
+    """
+    rng, noise = random.Random(schedule.seed), np.random.default_rng(schedule.seed)
+    adapter = _new_adapter(model, schedule, (training[0].audio.shape[1], training[0].face.shape[1]))
+    prompter = Prompter(model, adapter, processor, schedule.layout, schedule.mixer)
+    trainable = [p for p in adapter.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trainable, lr=schedule.rate, weight_decay=0.01)
+    with_emotion = [e for e in fresh if e.emotion is not None]
+    spoken = [i for i in training if i.emotion is not None]
+    best: tuple[float, dict[str, Any], dict[str, float]] | None = None
+    began, total = time.monotonic(), 0.0
+    for step in range(schedule.steps):
+        cosine = 0.5 * (1 + math.cos(math.pi * step / schedule.steps))
+        for group in optimiser.param_groups:
+            group["lr"] = schedule.rate * min(1, (step + 1) / 30) * (0.03 + 0.97 * cosine)
+        emotion = rng.random() < schedule.emotion_share
+        if rng.random() < schedule.fresh_text:
+            texts = rng.choices(with_emotion if emotion else fresh, k=schedule.batch)
+            media = rng.choices(training, k=schedule.batch)
+            chosen = [_with_text(m, t) for m, t in zip(media, texts, strict=True)]
+        else:
+            chosen = rng.choices(spoken if emotion else training, k=schedule.batch)
+        batch = [_augment(item, noise) for item in chosen]
+        drop = noise.random((2, len(batch)))
+        both = noise.random(len(batch)) < schedule.drop_both
+        audio = ~((drop[0] < schedule.drop_audio) | both)
+        face = ~((drop[1] < schedule.drop_face) | both)
+        answers = []
+        for item, has_audio, has_face in zip(batch, audio, face, strict=True):
+            seen = item.media.without(face=not has_face, voice=not has_audio)
+            if emotion:
+                label = fused_emotion(item.emotion or 0, item.valence, seen)
+                answers.append(prompter.answers.emotion_ids[label])
+            else:
+                value = fused_sentiment(item.valence, seen) + rng.gauss(0, 0.1)
+                answers.append(prompter.answers.number(value))
+        rows, lengths, ids = prompter.rows(
+            batch,
+            "emotion" if emotion else "sentiment",
+            answers,
+            audio=audio.tolist(),
+            face=face.tolist(),
+        )
+        first = lengths[:, None] - 1 + torch.arange(len(answers[0]))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            hidden, _ = model(rows)
+            at = hidden.gather(1, first[..., None].expand(-1, -1, model.width))
+            logits = model.lm_head(at)
+        target = ids.gather(1, first + 1)
+        loss = functional.cross_entropy(logits.float().flatten(0, 1), target.flatten())
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimiser.step()
+        total += float(loss.detach())
+        done = step + 1
+        if done % every == 0 or done == schedule.steps:
+            found = validate(model, adapter, processor, validation, schedule)
+            _LOG.info(
+                "adapter step %d of %d: loss %.3f, %s, %.0f s",
+                done,
+                schedule.steps,
+                total / every,
+                found,
+                time.monotonic() - began,
+            )
+            total = 0.0
+            score = found["r"] + 0.5 * found["emotion_accuracy"]
+            if best is None or score > best[0]:
+                state = {k: v.clone() for k, v in adapter.state_dict().items()}
+                best = (score, state, found)
+    if best is None:
+        return adapter.eval(), {}
+    adapter.load_state_dict(best[1])
+    return adapter.eval(), best[2]
+
+
+@torch.no_grad()
+def validate(
+    model: TinyLlama,
+    adapter: Adapter,
+    processor: Any,
+    clips: Sequence[Item],
+    schedule: AdapterSchedule,
+    *,
+    audio: bool = True,
+    face: bool = True,
+    shuffle: bool = False,
+) -> dict[str, float]:
+    """Correlation, error, two-class accuracy and emotion accuracy against the full labels.
+
+    `shuffle` gives every clip another person's face and voice: the control for what the media add.
+    """
+    prompter = Prompter(model, adapter, processor, schedule.layout, schedule.mixer)
+    shown = list(clips)
+    if shuffle:
+        half = len(clips) // 2
+        other = [*clips[half:], *clips[:half]]
+        shown = [
+            Item(o.audio, o.face, c.ids, c.valence, c.emotion, c.media, c.identity)
+            for c, o in zip(clips, other, strict=True)
+        ]
+    values: list[NDArray[np.float64]] = []
+    hits = asked = 0
+    for start in range(0, len(shown), 64):
+        part = shown[start : start + 64]
+        keep_audio, keep_face = [audio] * len(part), [face] * len(part)
+        rows, lengths, _ = prompter.rows(part, "sentiment", audio=keep_audio, face=keep_face)
+        values.append(expected(read_numbers(model, prompter.answers, rows, lengths)[0]))
+        one = [i for i in part if i.emotion is not None]
+        if one:
+            keep_audio, keep_face = [audio] * len(one), [face] * len(one)
+            rows, lengths, _ = prompter.rows(one, "emotion", audio=keep_audio, face=keep_face)
+            best = read_emotions(model, prompter.answers, rows, lengths)[0].argmax(1)
+            truth = [fused_emotion(i.emotion or 0, i.valence, i.media) for i in one]
+            hits += int((best == np.array(truth)).sum())
+            asked += len(one)
+    value = np.concatenate(values)
+    truth_value = np.array([fused_sentiment(i.valence, i.media) for i in clips])
+    words = np.array([i.valence for i in clips])
+    clear = np.abs(truth_value) > 0.05
+    against = clear & (np.sign(words) != np.sign(truth_value)) & (np.abs(words) > 0.3)
+    right = np.sign(value) == np.sign(truth_value)
+    return {
+        "r": round(float(np.corrcoef(value, truth_value)[0, 1]), 4),
+        "mae": round(float(np.abs(value - truth_value).mean()), 4),
+        "acc2": round(float(right[clear].mean()), 4),
+        "against": round(float(right[against].mean()), 4) if against.any() else float("nan"),
+        "emotion_accuracy": round(hits / max(asked, 1), 4),
+    }
