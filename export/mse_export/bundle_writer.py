@@ -101,7 +101,7 @@ class WorkFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if not self._done and not self.keep:
+        if not self._done and not (self.keep and any(self.path.glob("unquantised-*"))):
             shutil.rmtree(self.path, ignore_errors=True)
 
     def commit(self) -> Path:

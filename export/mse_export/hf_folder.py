@@ -163,7 +163,7 @@ def _header(path: Path) -> dict[str, StoredTensor]:
             raise broken(f"{name!r} does not have the bytes of its shape")
         if tensor.offset + tensor.size > size:
             raise broken(
-                f"it is truncated: {name!r} ends at byte {tensor.offset + tensor.size:,} of {size:,}"
+                f"it is truncated, {name!r} ends at {tensor.offset + tensor.size} of {size}"
             )
         tensors[name] = tensor
     return tensors
