@@ -119,7 +119,7 @@ def test_bad_rows_are_named_and_the_rest_is_kept(tmp_path: Path) -> None:
     entries = meld_list(4)
     entries[1]["label"] = "bored"
     entries[2]["features"]["audio"] = [1, 2]
-    entries.append({"label": 1})  # type: ignore[arg-type]
+    entries.append({"label": 1})
     data = load_dataset(dump(tmp_path / "meld_train.pkl", entries), "meld")
     assert len(data.split("train")) == 2
     said = summary(data.problems)
