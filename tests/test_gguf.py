@@ -1,0 +1,270 @@
+"""The GGUF header scan: right about good files, unharmed by bad ones."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf as reference
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from make_fixtures import ARCHES, toy_gguf
+from toy_vocab import chatglm
+
+from mse_runtime.errors import BackboneError
+from mse_runtime.gguf import Gguf
+from mse_runtime.probe_model import write_probe_model
+from mse_runtime.quants import BLOCKS, TYPE_NAMES, dequantize
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_the_scan_agrees_with_the_reference_reader(tmp_path: Path, arch: str) -> None:
+    path = toy_gguf(tmp_path / "m.gguf", arch, dtype="q4_0")
+    expected = reference.GGUFReader(path)
+    with Gguf.open(path) as found:
+        assert found.arch == arch
+        assert (found.n_embd, found.n_layer, found.n_head) == (64, 2, 4)
+        assert found.n_head_kv == (2 if arch in ("qwen2", "chatglm") else 4)
+        assert found.head_dim == (16, 16)
+        assert found.weight_type == "Q4_0"
+        assert list(found.tensors) == [tensor.name for tensor in expected.tensors]
+        for tensor in expected.tensors:
+            info = found.tensors[tensor.name]
+            assert info.shape == tuple(int(n) for n in tensor.shape[::-1])
+            assert info.type == tensor.tensor_type.name
+            assert (info.offset, info.size) == (tensor.data_offset, tensor.n_bytes)
+        scalars = {
+            name: field.contents()
+            for name, field in expected.fields.items()
+            if not name.startswith("GGUF.") and field.types[0] != reference.GGUFValueType.ARRAY
+        }
+        assert dict(found.metadata) == scalars
+
+
+def test_arrays_are_read_on_demand(tmp_path: Path) -> None:
+    vocab = chatglm()
+    with Gguf.open(toy_gguf(tmp_path / "m.gguf", "chatglm")) as found:
+        assert found.array("tokenizer.ggml.tokens") == vocab.tokens
+        assert found.array("tokenizer.ggml.token_type") == vocab.types
+        assert found.array("tokenizer.ggml.scores") == pytest.approx(vocab.scores)
+        assert found.array_length("tokenizer.ggml.tokens") == found.n_vocab == len(vocab.tokens)
+        assert found.array_length("nothing") == 0
+        with pytest.raises(BackboneError, match="no metadata array"):
+            found.array("nothing")
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0", "q4_0"])
+def test_rows_are_those_of_the_whole_table(tmp_path: Path, dtype: str) -> None:
+    path = toy_gguf(tmp_path / "m.gguf", "llama", dtype=dtype)
+    tensor = next(t for t in reference.GGUFReader(path).tensors if t.name == "token_embd.weight")
+    table = reference.quants.dequantize(tensor.data, tensor.tensor_type).reshape(-1, 64)
+    with Gguf.open(path) as found:
+        ids = [3, 0, 513, 3, 77]
+        rows = found.rows(ids)
+        assert rows.dtype == np.float32
+        np.testing.assert_array_equal(rows, table[ids])
+        np.testing.assert_array_equal(found.tensor("token_embd.weight"), table)
+        assert found.rows([]).shape == (0, 64)
+    rows += 1  # a copy: writable, and alive after the file was closed
+
+
+@pytest.mark.parametrize("kind", sorted(set(BLOCKS) - {"I8", "I16", "I32", "I64", "F64"}))
+def test_every_type_is_decoded_as_the_gguf_package_does(kind: str) -> None:
+    per_block, size = BLOCKS[kind]
+    assert reference.GGML_QUANT_SIZES[reference.GGMLQuantizationType[kind]] == (per_block, size)
+    raw = np.random.default_rng(0).integers(0, 120, (5, 2 * size), dtype=np.uint8)
+    if kind == "F32":
+        raw = np.random.default_rng(0).standard_normal((5, 2), np.float32).view(np.uint8)
+    try:
+        expected = reference.quants.dequantize(raw, reference.GGMLQuantizationType[kind])
+    except NotImplementedError:
+        with pytest.raises(BackboneError, match=kind):
+            dequantize(raw, kind)
+        return
+    np.testing.assert_array_equal(dequantize(raw, kind), expected)
+
+
+def test_type_numbers_are_ggmls() -> None:
+    for number, name in TYPE_NAMES.items():
+        assert reference.GGMLQuantizationType[name] == number
+
+
+def test_a_real_vocabulary(test_data: Callable[[str], Path]) -> None:
+    with Gguf.open(test_data("models/ggml-vocab-llama-spm.gguf")) as found:
+        assert found.array_length("tokenizer.ggml.tokens") == 32000
+        assert found.n_ctx_train == 4096
+        with pytest.raises(BackboneError, match="holds no embedding table"):
+            found.rows([1])
+
+
+@pytest.mark.parametrize("ids", [[-1], [514], [[1]], [0.5], "text"])
+def test_rows_that_do_not_exist(tmp_path: Path, ids: object) -> None:
+    with Gguf.open(toy_gguf(tmp_path / "m.gguf", "llama")) as found:
+        with pytest.raises(BackboneError, match="Token ids must"):
+            found.rows(ids)  # type: ignore[arg-type]
+        with pytest.raises(BackboneError, match="no tensor"):
+            found.tensor("nothing")
+    with pytest.raises(BackboneError, match="closed"):
+        found.rows([1])
+
+
+# Files that are something else
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "empty").touch()
+    for name, message in (
+        ("nothing", "does not exist"),
+        ("pipe", "no regular file"),
+        (".", "is a directory"),
+        ("empty", "is empty"),
+        ("a\0b", "no"),
+    ):
+        with pytest.raises(BackboneError, match=message):
+            Gguf.open(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"RIFF....AVI ", "not a GGUF file"),
+        (b"GGUF", "ends inside the header"),
+        (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "version 1"),
+        (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 60), "metadata entries, more than"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0), "tensors, more than"),
+        (
+            b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 62) + b"x" * 40,
+            "ends inside a metadata key",
+        ),
+    ],
+)
+def test_foreign_headers(tmp_path: Path, data: bytes, message: str) -> None:
+    (tmp_path / "bad").write_bytes(data)
+    with pytest.raises(BackboneError, match=message):
+        Gguf.open(tmp_path / "bad")
+
+
+def _entry(key: str, kind: int, value: bytes) -> bytes:
+    return struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", kind) + value
+
+
+def _tensor(name: str, shape: tuple[int, ...], kind: int, offset: int) -> bytes:
+    head = struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", len(shape))
+    return head + struct.pack(f"<{len(shape)}QIQ", *shape, kind, offset)
+
+
+def _file(entries: list[bytes], tensors: list[bytes], data: int = 256) -> bytes:
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(entries))
+    return head + b"".join(entries) + b"".join(tensors) + bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (_file([_entry("a", 99, b"1234")], []), "unknown type 99"),
+        (_file([_entry("a", 9, struct.pack("<IQ", 4, 1 << 61))], []), "ends inside"),
+        (
+            _file([_entry("a", 9, struct.pack("<IQ", 8, 1 << 61))], []),
+            "more than the file can hold",
+        ),
+        (_file([_entry("a", 9, struct.pack("<IQQ", 8, 1, 1 << 63))], []), "ends inside"),
+        (_file([_entry("a", 9, struct.pack("<IQ", 9, 1))], []), "unsupported type 9"),
+        (_file([_entry("general.alignment", 4, struct.pack("<I", 0))], []), "power of two"),
+        (_file([_entry("general.alignment", 4, struct.pack("<I", 24))], []), "power of two"),
+        (_file([_entry("split.count", 2, struct.pack("<H", 3))], []), "one part of a split model"),
+        (_file([], [_tensor("t", (), 0, 0)]), "0 dimensions"),
+        (_file([], [_tensor("t", (1, 1, 1, 1, 1), 0, 0)]), "5 dimensions"),
+        (_file([], [_tensor("t", (4,), 77, 0)]), "unknown type 77"),
+        (_file([], [_tensor("t", (0, 4), 0, 0)]), "impossible shape"),
+        (_file([], [_tensor("t", (33,), 2, 0)]), "impossible shape"),
+        (_file([], [_tensor("t", (1 << 40, 1 << 40), 0, 0)]), "outside the file"),
+        (_file([], [_tensor("t", (4,), 0, 1 << 63)]), "outside the file"),
+        (_file([], [_tensor("t", (4,), 0, 7)]), "outside the file"),
+        (_file([], [_tensor("t", (4,), 0, 0)] * 2), "occurs twice"),
+    ],
+)
+def test_lies_in_the_header(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "bad").write_bytes(content)
+    tracemalloc.start()
+    with pytest.raises(BackboneError, match=message):
+        Gguf.open(tmp_path / "bad")
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20  # a declared size allocates nothing
+    tracemalloc.stop()
+
+
+def test_metadata_that_is_missing_or_of_the_wrong_kind(tmp_path: Path) -> None:
+    entries = [
+        _entry("general.architecture", 8, struct.pack("<Q", 5) + b"llama"),
+        _entry("llama.block_count", 6, struct.pack("<f", 2.5)),
+    ]
+    (tmp_path / "m").write_bytes(_file(entries, []))
+    with Gguf.open(tmp_path / "m") as found:
+        with pytest.raises(
+            BackboneError, match=r"lacks the metadata entry .llama\.embedding_length"
+        ):
+            _ = found.n_embd
+        with pytest.raises(BackboneError, match="not a whole number"):
+            _ = found.n_layer
+
+
+@pytest.fixture(scope="module")
+def seed_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A valid file with arrays of both kinds, cut behind its second tensor's data."""
+    path = toy_gguf(tmp_path_factory.mktemp("seed") / "m.gguf", "qwen2", n_layer=1)
+    return path.read_bytes()
+
+
+def test_every_truncation_is_noticed(tmp_path: Path) -> None:
+    whole = write_probe_model(tmp_path / "whole").read_bytes()
+    with Gguf.open(tmp_path / "whole") as found:
+        header = min(info.offset for info in found.tensors.values())
+    assert header < 5000
+    path = tmp_path / "cut"
+    for size in [*range(1, header, 13), header, len(whole) // 2, len(whole) - 1]:
+        path.write_bytes(whole[:size])
+        with pytest.raises(BackboneError, match=r"damaged or cut short|not a GGUF file"):
+            Gguf.open(path)
+
+
+@settings(
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    edits=st.lists(
+        st.tuples(
+            st.integers(0, 9000),
+            st.one_of(
+                st.binary(min_size=1, max_size=9),
+                st.sampled_from([2**64 - 1, 2**63, 2**62, 2**32, 2**31 - 1, 0]).map(
+                    lambda n: n.to_bytes(8, "little")
+                ),
+            ),
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+    cut=st.one_of(st.none(), st.integers(0, 12000)),
+)
+@example(edits=[(8, b"\xff" * 16)], cut=None)
+def test_any_damage_is_an_error_or_harmless(
+    tmp_path: Path, seed_file: bytes, edits: list[tuple[int, bytes]], cut: int | None
+) -> None:
+    data = bytearray(seed_file)
+    for at, patch in edits:
+        data[at : at + len(patch)] = patch
+    path = tmp_path / "fuzzed"
+    path.write_bytes(data[:cut])
+    with contextlib.suppress(BackboneError), Gguf.open(path) as found:
+        for info in found.tensors.values():
+            assert 0 < info.offset <= info.offset + info.size <= found.size
+        rows = found.rows([0, 1])
+        assert rows.shape == (2, found.tensors["token_embd.weight"].shape[1])
+        found.array("tokenizer.ggml.tokens")
