@@ -10,7 +10,8 @@ tail remain. Otherwise (published layouts) the prompt is one all-embedding batch
 from __future__ import annotations
 
 import threading
-from concurrent.futures import Future
+import time
+from concurrent.futures import Future, wait
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
@@ -21,7 +22,9 @@ from numpy.typing import NDArray
 from mse_runtime import background
 from mse_runtime.bundle import Bundle, Task, load_bundle
 from mse_runtime.errors import UsageError
+from mse_runtime.features.normalise import prepare
 from mse_runtime.hub import resolve_bundle
+from mse_runtime.parity import generate
 from mse_runtime.prompt import Prompt, build, check_text
 from mse_runtime.readout import Readout
 from mse_runtime.result import Prediction, Stopwatch
@@ -34,6 +37,10 @@ if TYPE_CHECKING:
 __all__ = ["Analyzer"]
 
 Parity = Literal["published"]
+Rows = NDArray[np.float32]
+SMALL_MODEL = 32_000_000
+# Stages of `extract`, as the result names them.
+STAGES = {"probe": "decode", "decode": "decode", "audio": "features", "face": "features"}
 
 
 class Analyzer:
@@ -62,7 +69,8 @@ class Analyzer:
         self._readouts: dict[str, Readout] = {}
         self._constant: NDArray[np.int32] = np.empty(0, np.int32)
         self._load_seconds = 0.0
-        self.plan = self._make_plan()
+        self.last_features: Features | None = None
+        self.plan = make_plan(bundle, n_gpu_layers=n_gpu_layers, low_memory=low_memory)
         self._backbone: Future[Backbone] = background.start(self._load_backbone, "mse-load")
         self._adapter: Future[Adapter] = background.start(
             lambda: self._load_adapter(adapter), "mse-adapter"
@@ -109,10 +117,14 @@ class Analyzer:
         self.close()
 
     def close(self) -> None:
-        """Free the backbone. Waits for a load in progress."""
+        """Free the backbone; one that is still loading is freed when it has loaded."""
+
+        def free(loaded: Future[Backbone]) -> None:
+            if loaded.exception() is None:
+                loaded.result().close()
+
         with self._turn:
-            if self._backbone.exception() is None:
-                self._backbone.result().close()
+            self._backbone.add_done_callback(free)
 
     def analyze(
         self,
@@ -141,19 +153,23 @@ class Analyzer:
         features = background.start(
             lambda: extract(
                 clip,
-                audio_spec=inputs["audio"].spec,
-                face_spec=inputs["face"].spec,
+                audio_spec=inputs.audio.spec,
+                face_spec=inputs.face.spec,
                 fps=fps,
                 start=start,
                 end=end,
                 max_seconds=max_seconds,
                 threads=self.threads,
-                trace=watch.add,
+                trace=lambda stage, seconds: watch.add(STAGES[stage], seconds),
                 keep_frames=keep_frames,
             ),
             "mse-features",
         )
-        return self._answer(features, text, task, parity, str(clip), watch)
+        try:
+            return self._answer(features, text, task, parity, str(clip), watch)
+        except Exception:
+            wait([features])  # native threads must not outlive the interpreter
+            raise
 
     def analyze_features(
         self,
@@ -197,9 +213,6 @@ class Analyzer:
             prompt = build(
                 backbone, task.prompt, self.bundle.text, text, self.bundle.adapter.n_pseudo
             )
-            backbone.reserve(
-                len(prompt) + readout.trie.depth + task.max_new_tokens, readout.trie.n_paths
-            )
             try:
                 with watch.stage("prefill"):
                     waiting = self._prefill_early(backbone, prompt)
@@ -230,11 +243,14 @@ class Analyzer:
             warnings=self._warnings(prompt, found, backbone),
             timing_ms=watch.stages | {"total": watch.total()},
             memory_mb={"peak_rss": peak_rss_mb(), "vram": backbone.info.get("vram_mb")},
-            backend={"adapter": self._adapter.result().name, "backbone": backbone.info},
+            backend={
+                "adapter": self._adapter.result().name,
+                "backbone": backbone.info | {"n_layer": backbone.n_layer},
+            },
             bundle={
                 "name": self.bundle.name,
                 "version": self.bundle.version,
-                "trained": self.bundle.training.status == "trained",
+                "trained": self.bundle.trained,
             },
             generated=generated,
         )
@@ -262,8 +278,8 @@ class Analyzer:
 
     def _pseudo(self, backbone: Backbone, prompt: Prompt, features: Features) -> Rows:
         """The pseudo tokens [P, D] for one utterance."""
-        audio, n_audio = prepare(features.audio, self.bundle.features["audio"])
-        face, n_face = prepare(features.face, self.bundle.features["face"])
+        audio, n_audio = prepare(features.audio, self.bundle.features.audio)
+        face, n_face = prepare(features.face, self.bundle.features.face)
         text = backbone.embed(prompt.text_ids)
         one = np.ones(1, np.int64)
         pseudo = self._adapter.result()(
@@ -278,7 +294,7 @@ class Analyzer:
             found.append(
                 f"The text is longer than the bundle's {limit} tokens; only its beginning is used."
             )
-        if self.bundle.training.status != "trained":
+        if not self.bundle.trained:
             found.append(
                 f"The bundle {self.bundle.name!r} is untrained: its answers mean nothing yet."
             )
@@ -296,3 +312,49 @@ class Analyzer:
         if name not in self._readouts:
             self._readouts[name] = Readout.build(task, backbone)
         return self._readouts[name]
+
+    def _load_backbone(self) -> Backbone:
+        from mse_runtime.backbone import Backbone
+
+        before = time.perf_counter()
+        backbone = Backbone.open(
+            self.bundle.gguf_path(),
+            n_ctx=positions(self.bundle),
+            threads=self.threads or default_threads(self.bundle),
+            n_gpu_layers=self.plan.n_gpu_layers,
+            low_memory=self._low_memory,
+        )
+        self._load_seconds = time.perf_counter() - before
+        return backbone
+
+    def _load_adapter(self, backend: str) -> Adapter:
+        from mse_runtime.adapter import open_adapter
+
+        return open_adapter(self.bundle, backend=backend, threads=self.threads or 1)
+
+
+def default_threads(bundle: Bundle) -> int | None:
+    """One thread for a model that fits a core's cache, else None: the physical cores.
+
+    A small model's matrices are done before a second thread has been woken, and on a busy machine
+    the hand-offs cost more than the arithmetic (bench/latency.py).
+    """
+    return 1 if bundle.backbone.gguf.size < SMALL_MODEL else None
+
+
+def positions(bundle: Bundle) -> int:
+    """Upper bound on the positions one utterance needs: no tokeniser makes more than one id a byte."""
+    fixed = max(
+        sum(len((segment.text or "").encode()) + 1 for segment in task.prompt) + task.max_new_tokens
+        for task in bundle.tasks.values()
+    )
+    return fixed + bundle.text.max_tokens + bundle.adapter.n_pseudo
+
+
+def peak_rss_mb() -> float:
+    """The process's peak resident memory in MB (10^6 bytes)."""
+    import resource
+    import sys
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

@@ -213,8 +213,8 @@ def _features_only(arguments: tuple[str, ...], options: dict[str, Any]) -> None:
     inputs = load_bundle(resolve_bundle(options["bundle"], offline=options["offline"])).features
     features = extract(
         clip,
-        audio_spec=inputs["audio"].spec,
-        face_spec=inputs["face"].spec,
+        audio_spec=inputs.audio.spec,
+        face_spec=inputs.face.spec,
         fps=options["fps"],
         start=options["start"],
         end=options["end"],

@@ -74,23 +74,19 @@ def _bars(probabilities: dict[str, float]) -> Table:
 
 def _cost(prediction: Prediction) -> Group:
     timing = prediction.timing_ms
-    stages = "  ".join(f"{name} {timing[name]:.0f}" for name in STAGES if name in timing)
+    stages = ", ".join(f"{name} {timing[name]:.0f}" for name in STAGES if name in timing)
     memory = f"{prediction.memory_mb['peak_rss'] or 0:.0f} MB peak"
     if vram := prediction.memory_mb.get("vram"):
         memory += f", {vram:.0f} MB VRAM"
     backbone = prediction.backend["backbone"]
-    placement = (
-        f"{backbone.get('offloaded_layers', 0)}/{backbone.get('n_layer', '?')} layers on the GPU, "
-        f"{backbone.get('threads', '?')} threads, adapter {prediction.backend['adapter']}"
+    bundle = prediction.bundle
+    lines = (
+        f"{timing['total']:.0f} ms ({stages}), {memory}",
+        f"{bundle['name']} {bundle['version']}, {prediction.task}; adapter "
+        f"{prediction.backend['adapter']}; {backbone['offloaded_layers']}/{backbone['n_layer']} "
+        f"layers on the GPU, threads {backbone['threads']}",
     )
-    return Group(
-        Text(f"{timing['total']:.0f} ms  ({stages})   {memory}", style="dim"),
-        Text(
-            f"{prediction.bundle['name']} {prediction.bundle['version']}, task {prediction.task}; "
-            f"{placement}",
-            style="dim",
-        ),
-    )
+    return Group(*(Text(line, style="dim") for line in lines))
 
 
 def _colour(value: float) -> str:

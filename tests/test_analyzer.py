@@ -1,0 +1,133 @@
+"""The whole way, with the real built-in bundle and a real clip."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mse_runtime import Analyzer
+from mse_runtime.errors import UsageError
+from mse_runtime.features.extract import extract
+from mse_runtime.features.spec import Features
+
+ROOT = Path(__file__).resolve().parent.parent
+CLIP = ROOT / "examples" / "happy.mp4"
+TEXT = "Thank you so much for everything."
+
+
+@pytest.fixture(scope="module")
+def analyzer() -> Iterator[Analyzer]:
+    with Analyzer.open("tiny", adapter="onnx") as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def features(analyzer: Analyzer) -> Features:
+    inputs = analyzer.bundle.features
+    return extract(CLIP, audio_spec=inputs.audio.spec, face_spec=inputs.face.spec)
+
+
+def test_a_clip_and_its_features_give_the_same_answer(
+    analyzer: Analyzer, features: Features
+) -> None:
+    from_clip = analyzer.analyze(CLIP, TEXT)
+    from_features = analyzer.analyze_features(features, TEXT)
+    assert from_clip.value == from_features.value
+    assert from_clip.distribution == from_features.distribution
+    assert {"load", "decode", "features", "adapter", "prefill", "readout", "total"} <= set(
+        from_clip.timing_ms
+    )
+
+
+def test_no_input_is_ignored(analyzer: Analyzer, features: Features) -> None:
+    """Text, voice and face each move the logits; nothing gives a constant answer."""
+    assert features.audio is not None
+    assert features.face is not None
+
+    def scores(changed: Features, text: str = TEXT) -> np.ndarray:
+        return analyzer.analyze_features(changed, text).answer.log_scores
+
+    base = scores(features)
+    quiet = replace(features.audio, values=features.audio.values[::-1] * 0.5)
+    still = replace(features.face, values=features.face.values[::-1] * 0.5)
+    others = [
+        scores(features, "This is a terrible day."),
+        scores(replace(features, audio=quiet)),
+        scores(replace(features, face=still)),
+        scores(replace(features, audio=None)),
+        scores(replace(features, face=None)),
+    ]
+    for i, one in enumerate([base, *others]):
+        for other in others[i:]:
+            assert np.abs(one - other).max() > 1e-6
+
+
+def test_an_answer_does_not_depend_on_what_was_asked_before(
+    analyzer: Analyzer, features: Features
+) -> None:
+    first = analyzer.analyze_features(features, TEXT)
+    analyzer.analyze_features(features, "Something else altogether, and longer.", task="emotion")
+    again = analyzer.analyze_features(features, TEXT)
+    np.testing.assert_array_equal(first.answer.log_scores, again.answer.log_scores)
+    with Analyzer.open("tiny", adapter="onnx") as fresh:
+        cold = fresh.analyze_features(features, TEXT)
+    np.testing.assert_array_equal(first.answer.log_scores, cold.answer.log_scores)
+
+
+def test_early_prefill_equals_one_batch(
+    analyzer: Analyzer, features: Features, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The latency-hiding order of work against the plain one: the same model, the same answer."""
+    early = analyzer.analyze_features(features, TEXT).answer
+    with Analyzer.open("tiny", adapter="onnx") as plain:
+        monkeypatch.setattr(plain, "_prefill_early", lambda backbone, prompt: prompt.early)
+        whole = plain.analyze_features(features, TEXT).answer
+    np.testing.assert_allclose(early.log_scores, whole.log_scores, atol=0.05)
+
+
+def test_published_parity_generates(analyzer: Analyzer, features: Features) -> None:
+    result = analyzer.analyze_features(features, TEXT, parity="published")
+    assert result.generated is not None
+    assert 1 <= len(result.generated.ids) <= analyzer.bundle.task.max_new_tokens
+    assert result.value == result.generated.value
+    plain = analyzer.analyze_features(features, TEXT)
+    assert result.answer.mode == plain.answer.mode
+
+
+def test_emotion_is_a_distribution_over_the_classes(analyzer: Analyzer, features: Features) -> None:
+    result = analyzer.analyze_features(features, TEXT, task="emotion")
+    assert result.value is None
+    assert result.label in result.probabilities
+    assert sum(result.probabilities.values()) == pytest.approx(1)
+
+
+def test_an_unknown_task_is_named(analyzer: Analyzer, features: Features) -> None:
+    with pytest.raises(UsageError, match="sarcasm"):
+        analyzer.analyze_features(features, TEXT, task="sarcasm")
+
+
+def test_a_long_text_is_cut_and_said(analyzer: Analyzer, features: Features) -> None:
+    result = analyzer.analyze_features(features, "very good " * 10_000)
+    assert any("only its beginning" in warning for warning in result.warnings)
+
+
+def test_eight_threads_share_one_analyzer(analyzer: Analyzer, features: Features) -> None:
+    texts = [f"I said it {n} times and it was great." for n in range(8)]
+    expected = [analyzer.analyze_features(features, text).value for text in texts]
+    found: dict[int, float | None] = {}
+
+    def work(index: int) -> None:
+        for _ in range(3):
+            found[index] = analyzer.analyze_features(features, texts[index]).value
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [found[i] for i in range(8)] == expected
