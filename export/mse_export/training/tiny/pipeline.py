@@ -57,9 +57,9 @@ FULL = Scale(
     vocabulary_sentences=100_000,
     text=Schedule(steps=4000, rate=1.5e-3, word_steps=150, sentences=250_000, seed=11),
     slots=Schedule(
-        steps=1000, rate=1e-3, slots=True, sentences=200_000, emotion_share=0.35, seed=12
+        steps=700, rate=1e-3, slots=True, sentences=200_000, emotion_share=0.35, seed=12
     ),
-    training=(440, 5),
+    training=(400, 5),
     validation=(40, 6),
     test=(50, 5),
     adapter=AdapterSchedule(),
@@ -71,8 +71,8 @@ SMALL = Scale(
     vocabulary_sentences=3_000,
     text=Schedule(steps=20, rate=1.5e-3, batch=32, word_steps=4, sentences=800, save_every=10),
     slots=Schedule(steps=10, rate=1e-3, batch=32, slots=True, sentences=400, save_every=10),
-    training=(4, 3),
-    validation=(2, 3),
+    training=(3, 2),
+    validation=(2, 2),
     test=(2, 2),
     adapter=AdapterSchedule(steps=10, batch=8),
     fresh=200,
