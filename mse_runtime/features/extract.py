@@ -92,7 +92,13 @@ def extract(
         sound.run(clip, window, watch)
         face.run(clip, window, watch, cores)
     stop = max(sound.end, face.end, window.start)
-    warnings = [*_masked(clip, audio_spec, face_spec), *said, *sound.warnings, *face.warnings]
+    warnings = [
+        *clip.warnings,
+        *_masked(clip, audio_spec, face_spec),
+        *said,
+        *sound.warnings,
+        *face.warnings,
+    ]
     warnings += _breaks_off(clip, window, stop, audio_spec, face_spec)
     if trace is not None:
         for stage, seconds in watch.spent.items():
@@ -325,7 +331,7 @@ def _masked(clip: ClipInfo, audio_spec: str | None, face_spec: str | None) -> li
     said = []
     if clip.audio is None and audio_spec is not None:
         said.append("the clip has no sound: the voice is masked")
-    if clip.video is None and face_spec is not None:
+    if clip.video is None and face_spec is not None and not clip.warnings:
         said.append("the clip has no moving picture: the face is masked")
     return said
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Damage", "packets", "seconds"]
 
+_TOLERATED = 500
 _INTERLEAVE = 10.0
 """Seconds by which one stream may run ahead of another in the file."""
 
@@ -68,6 +69,14 @@ def packets(
         except (av.error.FFmpegError, OSError) as error:
             damage.cut = str(getattr(error, "strerror", None) or error)
             return
+        except IndexError:
+            # PyAV's answer to a stream that appears part-way: damage can look like one.
+            damage.packets += 1
+            if damage.packets > _TOLERATED:
+                damage.cut = "unknown streams appear"
+                return
+            reader = container.demux()
+            continue
         if packet is None:
             return
         if packet.stream_index != stream.index:

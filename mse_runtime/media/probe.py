@@ -28,6 +28,7 @@ __all__ = ["AudioInfo", "ClipInfo", "VideoInfo", "Window", "open_clip", "plan_wi
 
 MAX_PIXELS = 8192 * 4320
 """Largest picture that is decoded (8K DCI); a decoder keeps several of them at 1.5 to 3 bytes."""
+_SIZELESS = f"the picture has no size, or one over {MAX_PIXELS / 1e6:.0f} million pixels (8K)"
 MAX_RATE = 768_000
 MIN_RATE = 1_000
 
@@ -85,6 +86,7 @@ class ClipInfo:
     """Declared seconds; None where the container doesn't say."""
     audio: AudioInfo | None
     video: VideoInfo | None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,10 @@ def probe(path: str | Path) -> ClipInfo:
                 f"{path} is a still image: there is no voice and no movement to read. "
                 "Give a video or sound file, or only the text."
             )
+        # A decoder that met a picture over its limit reports no size at all.
+        sizeless = video is None and any(map(_is_sizeless, container.streams.video))
+        if sizeless and audio is None:
+            raise MediaError(f"{path}: {_SIZELESS}. Scale the clip down first.")
         if video is None and audio is None:
             raise MediaError(
                 f"{path} ({name}) holds neither sound nor a moving picture that can be decoded. "
@@ -131,7 +137,8 @@ def probe(path: str | Path) -> ClipInfo:
             )
         length = container.duration
         duration = length / av.time_base if length is not None and length > 0 else None
-        return ClipInfo(Path(path), name, origin, duration, audio, video)
+        said = (f"{_SIZELESS}: the face is masked",) if sizeless else ()
+        return ClipInfo(Path(path), name, origin, duration, audio, video, said)
 
 
 def plan_window(
@@ -224,6 +231,11 @@ def _is_image(format_name: str) -> bool:
 
 def _has_stills(container: InputContainer) -> bool:
     return any(stream.disposition & _STILL for stream in container.streams.video)
+
+
+def _is_sizeless(stream: VideoStream) -> bool:
+    context = stream.codec_context
+    return context is not None and not stream.disposition & _STILL and not context.width
 
 
 def _audio_info(stream: AudioStream, origin: float) -> AudioInfo | None:

@@ -7,8 +7,11 @@ headers are not trusted, and a variable rate needs no special care.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right, insort
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, cast
 
 import av.error
@@ -33,6 +36,8 @@ LONG_SIDE = 640
 _EPSILON = 1e-3
 """Seconds: timestamps are rounded to the container's clock."""
 _TOLERATED = 500
+_REORDER = 20
+"""Packets read ahead; codecs reorder frames by 16 places at most."""
 _SHORTEST = 0.04
 """Seconds a last frame of unknown length is taken to be shown."""
 _BIG = 1280 * 720
@@ -87,14 +92,15 @@ class FrameReader:
                 packets(container, stream, self._info, self._window, self._damage), context
             )
             self._held = None
-        self.warnings = self._damage.warnings()
+        self.warnings += self._damage.warnings()
 
     def _samples(
         self, source: Iterator[Packet[Stream]], context: VideoCodecContext
     ) -> Iterator[Sample]:
-        for packet in source:
+        for packet, wanted in self._marked(source):
             self.stats["packets"] += packet.size > 0
-            self._allow_skipping(packet, context)
+            # Lets the decoder leave out what nothing refers to and nobody sees.
+            context.skip_frame = "DEFAULT" if wanted else "NONREF"
             try:
                 frames = cast("list[VideoFrame]", packet.decode())
             except (av.error.FFmpegError, OSError):
@@ -106,7 +112,7 @@ class FrameReader:
             self._damage.frames += packet.is_corrupt
             for frame in frames:
                 when = self._when(frame)
-                yield from self._shown_before(when)
+                yield from self._shown_before(min(when, self._window.end))
                 if when >= self._window.end:
                     if self._window.capped and self._info.duration is None:
                         self.warnings.append(cut_warning(self._window))
@@ -146,16 +152,34 @@ class FrameReader:
         # Raw streams have no timestamps: count on from the last one.
         return 0.0 if self._held is None else self._held[1] + self._held[2]
 
-    def _allow_skipping(self, packet: Packet[Stream], context: VideoCodecContext) -> None:
-        """Let the decoder leave out a frame that nothing refers to and no grid time shows."""
-        wanted = True
-        if packet.pts is not None and packet.duration:
-            begin = seconds(packet.pts, packet, self._info)
-            end = begin + float(packet.duration * packet.time_base)
-            step = self._step
-            first = math.ceil((max(begin, self._window.start) - 2 * _EPSILON) / step) * step
-            wanted = first < end + 2 * _EPSILON
-        context.skip_frame = "DEFAULT" if wanted else "NONREF"
+    def _marked(self, source: Iterator[Packet[Stream]]) -> Iterator[tuple[Packet[Stream], bool]]:
+        """Packets, and whether a grid time shows what they hold.
+
+        A frame is shown until the next one's time. Packets come in the order of decoding, so a few
+        are read ahead to find it; their declared durations are wrong where the rate varies.
+        """
+        ahead: deque[Packet[Stream]] = deque()
+        stamps: list[int] = []
+        for packet in chain(source, repeat(None, _REORDER)):
+            if packet is not None:
+                ahead.append(packet)
+                if packet.pts is not None:
+                    insort(stamps, packet.pts)
+            if ahead and (packet is None or len(ahead) > _REORDER):
+                oldest = ahead.popleft()
+                yield oldest, self._is_shown(oldest, stamps)
+                del stamps[: max(0, len(stamps) - 4 * _REORDER)]
+
+    def _is_shown(self, packet: Packet[Stream], stamps: list[int]) -> bool:
+        if packet.pts is None:
+            return True
+        later = bisect_right(stamps, packet.pts)
+        if later == len(stamps):
+            return True
+        begin = seconds(packet.pts, packet, self._info) - 2 * _EPSILON
+        end = seconds(stamps[later], packet, self._info) + 2 * _EPSILON
+        first = math.ceil(max(begin, self._window.start) / self._step) * self._step
+        return first < end
 
     def _picture(self, frame: VideoFrame) -> NDArray[np.uint8]:
         width, height = frame.width, frame.height
