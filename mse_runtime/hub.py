@@ -10,15 +10,12 @@ from __future__ import annotations
 import logging
 import os
 import re
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 from mse_runtime.bundle import MANIFEST, DamagedFileError, FileRef, HubRef, MissingFileError
 from mse_runtime.errors import BundleError
@@ -158,6 +155,10 @@ class _Repository:
 
         The client would try for 20 seconds, also where all files are in the cache.
         """
+        import socket
+        from urllib.parse import urlsplit
+        from urllib.request import getproxies, proxy_bypass
+
         address = urlsplit(self.endpoint)
         host, scheme = address.hostname or "", address.scheme
         if scheme in getproxies() and not proxy_bypass(host):
