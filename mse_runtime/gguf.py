@@ -202,6 +202,20 @@ class Gguf:
         scan.at = where.offset
         return [scan.text(key) for _ in range(where.count)]
 
+    def has_repeats(self, key: str) -> bool:
+        """Whether an array of strings holds one twice, as C strings; empty ones don't count.
+
+        Takes some 0.1 s for 50,000 strings.
+        """
+        if key not in self._arrays or self._arrays[key].kind != STRING:
+            return False
+        scan = Scan(self._mapped(), self.path)
+        scan.at = self._arrays[key].offset
+        seen = [
+            text.partition(b"\0")[0] for text in scan.strings(self._arrays[key].count, key) if text
+        ]
+        return len(set(seen)) < len(seen)
+
     def array_length(self, key: str) -> int:
         """Elements of a metadata array, 0 where there is none; nothing is read."""
         return self._arrays[key].count if key in self._arrays else 0

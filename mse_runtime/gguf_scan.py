@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,6 +112,17 @@ class Scan:
         else:
             raise self.fail(f"{what} is an array of the unsupported type {kind}")
         return Array(kind, count, start)
+
+    def strings(self, count: int, what: str) -> Iterator[bytes]:
+        """The next `count` strings as bytes."""
+        unpack, data, at, last = _U64.unpack_from, self.data, self.at, self.end - 8
+        for _ in range(count):
+            if at > last:
+                raise self.fail(f"it ends inside {what}")
+            start = at + 8
+            at = start + unpack(data, at)[0]
+            yield data[start:at]
+        self.at = at
 
     def _skip_strings(self, count: int, what: str) -> None:
         if count > (self.end - self.at) // 8:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 import sys
 import threading
@@ -573,3 +574,40 @@ def test_the_same_story_by_both_paths(test_data: Callable[[str], Path], tmp_path
             stories.append(backbone.detokenize(ids))
     assert stories[0] == stories[1]
     assert stories[0].lstrip().startswith("Once upon a time, there was a little girl named Lily.")
+
+
+def _patched(data: bytes, key: bytes, value: bytes) -> bytes:
+    at = data.index(key) + len(key) + 4  # the value's type comes first
+    return data[:at] + value + data[at + len(value) :]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("embedding_length", struct.pack("<I", 32), "embedding table is 64 wide"),
+        ("block_count", struct.pack("<I", 0), "0 layers"),
+        ("block_count", struct.pack("<I", 1 << 20), "1048576 layers"),
+        ("attention.head_count", struct.pack("<I", 0), "0 query heads"),
+        ("attention.head_count_kv", struct.pack("<I", 3), "cannot share 3"),
+        ("attention.head_count_kv", struct.pack("<I", 1610612740), "cannot share"),
+        ("rope.dimension_count", struct.pack("<I", 8), "8 of 16 dimensions"),
+        ("rope.dimension_count", struct.pack("<I", 0), "0 of 16 dimensions"),
+        ("attention.layer_norm_rms_epsilon", struct.pack("<f", float("nan")), "epsilon is nan"),
+    ],
+)
+def test_headers_that_would_kill_llama_cpp(
+    tmp_path: Path, toys: dict[str, Path], key: str, value: bytes, message: str
+) -> None:
+    data = _patched(toys["llama"].read_bytes(), f"llama.{key}".encode(), value)
+    (tmp_path / "bad.gguf").write_bytes(data)
+    with pytest.raises(BackboneError, match=message):
+        Backbone.open(tmp_path / "bad.gguf", threads=1)
+
+
+def test_a_vocabulary_with_a_token_twice(tmp_path: Path, toys: dict[str, Path]) -> None:
+    for twin in (b"<0x0B>", b"<0x0A\0"):  # the second is a twin to C strings alone
+        data = toys["llama"].read_bytes().replace(b"<0x0C>", twin)
+        data = data.replace(b"<0x0D>", b"<0x0A\0") if b"\0" in twin else data
+        (tmp_path / "bad.gguf").write_bytes(data)
+        with pytest.raises(BackboneError, match="a token twice"):
+            Backbone.open(tmp_path / "bad.gguf", threads=1)

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mse_runtime.backbone import cpu, library
+from mse_runtime.backbone.file_checks import check_file, may_repack
 from mse_runtime.errors import BackboneError
 from mse_runtime.gguf import Gguf
 
-__all__ = ["Handles", "Options", "load_model", "make_context", "may_repack", "reads_file"]
+__all__ = ["Handles", "Options", "load_model", "make_context", "reads_file"]
 
 _KV_TYPES = {"f32": 0, "f16": 1}
 _MMAP, _READ = 1, 0  # llama_load_mode
@@ -76,7 +77,7 @@ def load_model(gguf: Gguf, options: Options, progress: Callable[[float], None] |
 
     Raises BackboneError with llama.cpp's own last words.
     """
-    _check_file(gguf)
+    check_file(gguf)
     lib = library.load()
     extra, probed, warnings = _extra_bufts(gguf, options)
     mark = library.log_mark()
@@ -90,22 +91,6 @@ def load_model(gguf: Gguf, options: Options, progress: Callable[[float], None] |
     info = _describe(lib, options, extra, warnings, library.log_lines(mark))
     info |= {"mapped": not reads_file(gguf, extra), "probe": probed}
     return Handles(lib, model, context, lib.llama_model_get_vocab(model), info)
-
-
-def _check_file(gguf: Gguf) -> None:
-    n_vocab, n_embd = gguf.n_vocab, gguf.n_embd
-    if gguf.tensors["token_embd.weight"].shape[1] != n_embd:
-        raise BackboneError(
-            f"{gguf.path} contradicts itself: its embedding table is "
-            f"{gguf.tensors['token_embd.weight'].shape[1]} wide, its metadata say {n_embd}. "
-            "Export or download the model again."
-        )
-    tokens = gguf.array_length("tokenizer.ggml.tokens")
-    if tokens and tokens != n_vocab:
-        raise BackboneError(
-            f"{gguf.path} contradicts itself: {tokens} tokens in the vocabulary, {n_vocab} rows in "
-            "the embedding table. Export or download the model again."
-        )
 
 
 def _extra_bufts(gguf: Gguf, options: Options) -> tuple[bool, dict[str, Any], list[str]]:
@@ -125,20 +110,6 @@ def _extra_bufts(gguf: Gguf, options: Options) -> tuple[bool, dict[str, Any], li
         "remembered": found.remembered,
     }
     return found.extra_bufts, told, [found.warning] if found.warning else []
-
-
-def may_repack(gguf: Gguf) -> bool:
-    """Whether llama.cpp could keep some weight in another layout than the file's.
-
-    Quantised matrices are repacked where the CPU has a kernel for it; AMX takes F16 ones too.
-    The embedding table never is: its rows are looked up.
-    """
-    plain = ("F32", "BF16") if cpu.has_amx() else ("F32", "BF16", "F16")
-    return any(
-        info.type not in plain
-        for info in gguf.tensors.values()
-        if len(info.shape) > 1 and info.name != "token_embd.weight"
-    )
 
 
 def reads_file(gguf: Gguf, extra_bufts: bool) -> bool:

@@ -1,0 +1,65 @@
+"""What a GGUF file's header tells before llama.cpp sees it."""
+
+from __future__ import annotations
+
+from mse_runtime.backbone import cpu
+from mse_runtime.errors import BackboneError
+from mse_runtime.gguf import Gguf
+
+__all__ = ["check_file", "may_repack"]
+
+_FULLY_ROTATED = ("llama", "qwen", "qwen2")
+_MAX_LAYERS = 512  # llama.cpp's own limit
+
+
+def check_file(gguf: Gguf) -> None:
+    """Refuse files that contradict themselves where llama.cpp would meet it with an assertion.
+
+    An assertion of llama.cpp kills the process. Those checked here were found by damaging good
+    files at random; what llama.cpp reports as an error is left to it.
+    """
+    if why := _contradiction(gguf):
+        raise BackboneError(
+            f"{gguf.path} contradicts itself: {why}. Export or download the model again."
+        )
+
+
+def _contradiction(gguf: Gguf) -> str:
+    n_vocab, width = gguf.n_vocab, gguf.tensors["token_embd.weight"].shape[1]
+    tokens = gguf.array_length("tokenizer.ggml.tokens")
+    heads, kv_heads, (key_dim, value_dim) = gguf.n_head, gguf.n_head_kv, gguf.head_dim
+    rotated = gguf.integer("{arch}.rope.dimension_count", key_dim)
+    epsilon = gguf.value("{arch}.attention.layer_norm_rms_epsilon", 1e-5)
+    if width != gguf.n_embd:
+        return f"its embedding table is {width} wide, its metadata say {gguf.n_embd}"
+    if tokens and tokens != n_vocab:
+        return f"{tokens} tokens in the vocabulary, {n_vocab} rows in the embedding table"
+    if gguf.has_repeats("tokenizer.ggml.tokens"):
+        return "its vocabulary holds a token twice"
+    if not 1 <= gguf.n_layer <= _MAX_LAYERS:
+        return f"it has {gguf.n_layer} layers"
+    if not 1 <= kv_heads <= heads or heads % kv_heads:
+        return f"{heads} query heads cannot share {kv_heads} key/value heads"
+    if key_dim != value_dim:
+        return f"its keys are {key_dim} wide, its values {value_dim}"
+    if not 0 < rotated <= key_dim:
+        return f"{rotated} of {key_dim} dimensions of a head are rotated"
+    if gguf.arch in _FULLY_ROTATED and rotated != key_dim:
+        return f"{rotated} of {key_dim} dimensions are rotated, and {gguf.arch} rotates all"
+    if not isinstance(epsilon, float) or not 0 < epsilon < 1:
+        return f"its normalisation epsilon is {epsilon!r}"
+    return ""
+
+
+def may_repack(gguf: Gguf) -> bool:
+    """Whether llama.cpp could keep some weight in another layout than the file's.
+
+    Quantised matrices are repacked where the CPU has a kernel for it; AMX takes F16 ones too.
+    The embedding table never is: its rows are looked up.
+    """
+    plain = ("F32", "BF16") if cpu.has_amx() else ("F32", "BF16", "F16")
+    return any(
+        info.type not in plain
+        for info in gguf.tensors.values()
+        if len(info.shape) > 1 and info.name != "token_embd.weight"
+    )
