@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from mse_export.adapter import Adapter, adapter_from_state
-from mse_export.training.tiny.adapter_stage import AdapterSchedule, Item, Prompter
+from mse_export.training.tiny.adapter_stage import AdapterSchedule
 from mse_export.training.tiny.assemble import Card, assemble
 from mse_export.training.tiny.model import TinyLlama
+from mse_export.training.tiny.prompter import Item, Prompter
 from mse_export.training.tiny.readout import read_emotions, read_numbers
 from mse_export.training.tiny.world import fused_emotion, fused_sentiment
 

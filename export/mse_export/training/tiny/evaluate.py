@@ -85,11 +85,12 @@ def _shown(condition: str, features: Sequence[Features], each: int) -> list[Feat
 
 def evaluate(run: Run) -> dict[str, Any]:
     """Every figure of the card."""
+    from mse_export.training.tiny.checkpoint import load_model
     from mse_export.training.tiny.evaluate_text import meld, real_clips
-    from mse_export.training.tiny.language import load_model, validate_text
+    from mse_export.training.tiny.language_check import validate_text
     from mse_runtime.analyzer import Analyzer
 
-    specs = run.specs("test")
+    specs, training = run.specs("test"), run.material()["training"]
     with Analyzer.open(run.out, threads=1) as analyzer:
         features = _features(run, analyzer, specs)
         table: dict[str, Any] = {}
@@ -109,8 +110,8 @@ def evaluate(run: Run) -> dict[str, Any]:
             "adapter_parameters": round(analyzer.bundle.adapter.parameters / 1e6, 2),
             "clips": len(specs),
             "identities": run.scale.test[0],
-            "training_clips": len(run.material()["training"]),
-            "training_identities": run.scale.training[0],
+            "training_clips": len(training),
+            "training_identities": len({item.identity for item in training}),
             "contradicted": int(contradicted(whole).sum()),
             "sarcastic": int(sarcastic.sum()),
             "emotion_clips": len(labels),
@@ -125,6 +126,6 @@ def evaluate(run: Run) -> dict[str, Any]:
 
 
 def _parameters(run: Run) -> int:
-    from mse_export.training.tiny.language import load_model
+    from mse_export.training.tiny.checkpoint import load_model
 
     return sum(p.numel() for p in load_model(run.work / "slots.pt").parameters())

@@ -10,11 +10,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from mse_export.training.tiny.lexicon import EMOTIONS
-from mse_export.training.tiny.tokeniser import BOS, CLOSE, CLOSE_ID, OPEN, OPEN_ID, PROMPT, TAIL
+from mse_export.training.tiny.tokeniser import (
+    BOS,
+    CLOSE,
+    CLOSE_ID,
+    OPEN,
+    OPEN_ID,
+    PAD,
+    PROMPT,
+    TAIL,
+)
 from mse_runtime.errors import MSEError
 
-__all__ = ["TASKS", "Answers", "Layout", "Row", "build_row", "segments"]
+__all__ = ["TASKS", "Answers", "Layout", "Row", "build_row", "pad", "segments"]
 
 Layout = Literal["pseudo-last", "published"]
 TASKS = ("sentiment", "emotion")
@@ -65,6 +77,12 @@ def build_row(pieces: Pieces, text: list[int], task: str, layout: Layout, pseudo
         return Row(ids, 2, len(head))
     head = [BOS, *pieces.prompt[task], *text]
     return Row([*head, *hole, *pieces.tail[task]], len(head) + 1, 1 + len(pieces.prompt[task]))
+
+
+def pad(rows: list[list[int]]) -> Tensor:
+    """Right-pad rows of ids to one tensor [B, T]."""
+    width = max(map(len, rows))
+    return torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
 
 
 def segments(task: str, layout: Layout = "pseudo-last") -> list[dict[str, Any]]:

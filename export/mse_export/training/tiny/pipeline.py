@@ -57,7 +57,7 @@ FULL = Scale(
     vocabulary_sentences=100_000,
     text=Schedule(steps=4000, rate=1.5e-3, word_steps=150, sentences=250_000, seed=11),
     slots=Schedule(
-        steps=700, rate=1e-3, slots=True, sentences=200_000, emotion_share=0.35, seed=12
+        steps=1000, rate=1e-3, slots=True, sentences=200_000, emotion_share=0.35, seed=12
     ),
     training=(400, 5),
     validation=(40, 6),
@@ -170,10 +170,10 @@ class Run:
 
     def material(self) -> dict[str, Any]:
         """What fitting an adapter needs: items of both splits, statistics, fresh sentences."""
-        from mse_export.training.tiny.adapter_stage import items, statistics
+        from mse_export.training.tiny.checkpoint import load_model
         from mse_export.training.tiny.clips import load
         from mse_export.training.tiny.corpus import clip_examples
-        from mse_export.training.tiny.language import load_model
+        from mse_export.training.tiny.prompter import items, statistics
 
         processor = self.processor()
         training = load(self.specs("train"), self.work / "clips", "train")

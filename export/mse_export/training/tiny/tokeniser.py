@@ -16,7 +16,20 @@ from typing import Any
 from mse_export.training.tiny.grammar import any_sentence, emotion_sentence
 from mse_export.training.tiny.lexicon import EMOTIONS, lexicon
 
-__all__ = ["BOS", "CLOSE", "OPEN", "PAD", "PROMPT", "TAIL", "load", "train"]
+__all__ = [
+    "BOS",
+    "CLOSE",
+    "CLOSE_ID",
+    "EOS",
+    "OPEN",
+    "OPEN_ID",
+    "PAD",
+    "PROMPT",
+    "TAIL",
+    "UNK",
+    "load",
+    "train",
+]
 
 #: Ids fixed by the trainer's options below.
 UNK, BOS, EOS, PAD = 0, 1, 2, 3
