@@ -11,6 +11,7 @@ import json
 import math
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +27,16 @@ __all__ = ["load_npz", "save_npz"]
 MAX_BYTES = 256 * 2**20
 """Largest array that is read: hours of features; a file that declares more is refused."""
 MAX_DIM = 65_536
+_UNREADABLE = (
+    OSError,
+    zipfile.BadZipFile,
+    zlib.error,
+    ValueError,
+    EOFError,
+    KeyError,
+    RuntimeError,  # encrypted, or a compression this Python lacks
+    MemoryError,
+)
 _NAMES = {"audio": "audio", "face": "video"}
 
 
@@ -81,7 +92,7 @@ def load_npz(
         with zipfile.ZipFile(path) as archive:
             stored = {name.removesuffix(".npy"): name for name in archive.namelist()}
             arrays = {key: _read(archive, stored[key]) for key in sorted(stored) if key in _KNOWN}
-    except (OSError, zipfile.BadZipFile, ValueError, EOFError, NotImplementedError) as error:
+    except _UNREADABLE as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise MediaError(
             f"{path} is not a feature file that can be read: {reason}. Expected an .npz with "
