@@ -109,7 +109,7 @@ class Picture:
             region.affine(size, mirror=mirror),
             resample=Resampling.BILINEAR,
         )
-        return np.asarray(cut)[..., :3]
+        return np.asarray(cut.convert("RGB"))
 
     def _continued(self, region: Region) -> tuple[Image.Image, Region]:
         """A picture that covers `region`, edges repeated where the frame ends."""

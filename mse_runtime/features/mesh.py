@@ -82,7 +82,7 @@ class FaceNetworks:
         crops = np.stack(
             [picture.crop(right, IRIS_SIZE), picture.crop(left, IRIS_SIZE, mirror=True)],
         )
-        iris = self._iris(_unit(crops))[1].reshape(2, 5, 3)[..., :2].copy()
+        iris = self._iris(_unit(crops))[0].reshape(2, 5, 3)[..., :2].copy()
         iris[1, :, 0] = IRIS_SIZE - iris[1, :, 0]
         return np.concatenate(
             [right.to_picture(iris[0], IRIS_SIZE), left.to_picture(iris[1], IRIS_SIZE)]
