@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -75,6 +75,7 @@ def export(request: Request, watcher: Watcher | None = None) -> Result:
     shape = _Shape.of(source)
     checkpoint = _read_adapter(request, warnings)
     profile = choose_profile(request, shape.arch, checkpoint, warnings)
+    profile = _encoder_dims(request, profile)
     dims = profile.dims(shape.n_embd)
     if checkpoint is None:
         from mse_export.adapter import init_random
@@ -90,11 +91,10 @@ def export(request: Request, watcher: Watcher | None = None) -> Result:
 
     with WorkFolder(output, force=request.force) as work:
         gguf = _make_gguf(source, target_quant, profile, work, request, watcher)
-        profile = _with_encoders(request, profile)
         watcher.stage("Writing adapter and manifest")
         pad_id = _pad_id(source, gguf, profile)
         profile = replace(profile, text=replace(profile.text, pad_id=pad_id))
-        encoders = _export_encoders(request, work.path, watcher)
+        profile, encoders = _export_encoders(request, profile, work.path, watcher)
         parts = Parts(
             name=request.name or output.name.removesuffix("-bundle"),
             profile=profile,
@@ -337,30 +337,35 @@ def _pad_id(source: Source, gguf: BackboneFile, profile: Profile) -> int:
         return header.integer("tokenizer.ggml.padding_token_id", default)
 
 
-def _with_encoders(request: Request, profile: Profile) -> Profile:
-    """Features of a Hugging Face encoder in place of the profile's own."""
-    if request.audio_encoder is None and request.face_encoder is None:
+def _encoder_dims(request: Request, profile: Profile) -> Profile:
+    """The profile with the widths of the encoders that were asked for."""
+    folders = (request.audio_encoder, request.face_encoder)
+    if folders == (None, None):
         return profile
-    from mse_export.encoders import feature_inputs
+    from mse_export.encoders import encoder_width
 
-    return replace(
-        profile,
-        features=feature_inputs(profile.features, request.audio_encoder, request.face_encoder),
-    )
+    audio, face = profile.features.audio, profile.features.face
+    if folders[0] is not None:
+        audio = replace(audio, dim=encoder_width(folders[0]))
+    if folders[1] is not None:
+        face = replace(face, dim=encoder_width(folders[1]))
+    return replace(profile, features=replace(profile.features, audio=audio, face=face))
 
 
-def _export_encoders(request: Request, folder: Path, watcher: Watcher) -> tuple[EncoderInfo, ...]:
+def _export_encoders(
+    request: Request, profile: Profile, folder: Path, watcher: Watcher
+) -> tuple[Profile, tuple[EncoderInfo, ...]]:
+    """Encoders written into the bundle's folder, and the profile that names them."""
+    if request.audio_encoder is None and request.face_encoder is None:
+        return profile, ()
+    from mse_export.encoders import export_audio_encoder, export_face_encoder, with_encoders
+
     exported: list[EncoderInfo] = []
-    tasks: list[tuple[Path | None, Callable[..., EncoderInfo]]] = []
-    if request.audio_encoder is not None or request.face_encoder is not None:
-        from mse_export.encoders import export_audio_encoder, export_face_encoder
-
-        tasks = [
-            (request.audio_encoder, export_audio_encoder),
-            (request.face_encoder, export_face_encoder),
-        ]
-    for path, function in tasks:
-        if path is not None:
-            watcher.stage(f"Exporting the encoder {path.name}")
-            exported.append(function(path, folder))
-    return tuple(exported)
+    if request.audio_encoder is not None:
+        watcher.stage(f"Exporting the encoder {request.audio_encoder.name}")
+        exported.append(export_audio_encoder(request.audio_encoder, folder))
+    if request.face_encoder is not None:
+        watcher.stage(f"Exporting the encoder {request.face_encoder.name}")
+        exported.append(export_face_encoder(request.face_encoder, folder))
+    features = with_encoders(profile.features, tuple(exported))
+    return replace(profile, features=features), tuple(exported)
