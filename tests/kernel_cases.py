@@ -137,6 +137,6 @@ def random_case(
     parts: list[npt.NDArray[np.float32] | npt.NDArray[np.int64]] = []
     for t, d in zip(steps, dims, strict=True):
         parts.append(rng.standard_normal((batch, t, d), dtype=np.float32))
-        n = rng.integers(1, t + 1, batch) if lengths == "random" else np.full(batch, t)
+        n = rng.integers(min(1, t), t + 1, batch) if lengths == "random" else np.full(batch, t)
         parts.append(n.astype(np.int64))
     return Case(weights, *parts)  # type: ignore[arg-type]

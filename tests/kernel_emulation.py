@@ -29,21 +29,12 @@ def build_emulation(folder: Path, *flags: str) -> ctypes.CDLL:
     if compiler is None:
         pytest.skip("no C++ compiler")
     out = folder / "libemulation.so"
-    subprocess.run(
-        [
-            *(compiler, "-O2", "-std=c++17", "-fPIC", "-shared", "-Wall", "-Werror"),
-            *(
-                "-Wno-unknown-pragmas",
-                "-Wno-maybe-uninitialized",
-                "-U_FORTIFY_SOURCE",
-                *flags,
-                str(KERNELS / "emulation" / "host.cpp"),
-            ),
-            *("-o", str(out)),
-        ],
-        check=True,
-        capture_output=True,
-    )
+    # Fortified longjmp takes a change of stacks for an attack.
+    options = ("-O2", "-std=c++17", "-fPIC", "-shared", "-Wall", "-Werror", "-U_FORTIFY_SOURCE")
+    quiet = ("-Wno-unknown-pragmas", "-Wno-maybe-uninitialized")
+    source = KERNELS / "emulation" / "host.cpp"
+    command = [compiler, *options, *quiet, *flags, str(source), "-o", str(out)]
+    subprocess.run(command, check=True, capture_output=True)
     lib = ctypes.CDLL(str(out))
     lib.emulated_launch.argtypes = [
         *(ctypes.c_char_p, *[ctypes.c_uint] * 4, ctypes.c_uint64),

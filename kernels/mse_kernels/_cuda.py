@@ -52,6 +52,15 @@ class Fusion(ctypes.Structure):
     )
 
 
+# The fields that hold weights, in the order of the structures.
+MODALITY_WEIGHTS = ("w_ih", "w_hh", "bias", "linear", "linear_bias")
+FUSION_WEIGHTS = (
+    *("know", "first", "second", "up"),
+    *("know_bias", "first_bias", "second_bias", "up_bias"),
+    *("slope", "shift"),
+)
+
+
 class Device(Protocol):
     """What a device offers; `_driver.CudaDevice` is the real one."""
 
@@ -170,7 +179,7 @@ class _Plan:
         self._views = [self._in[s : s + n] for s, n in zip(starts, sizes, strict=True)]
         modalities = []
         for i, hidden in enumerate((w.audio_hidden, w.video_hidden)):
-            own = (owner.addresses[f"{NAMES[i]}.{n}"] for n in Modality.WEIGHTS)  # type: ignore[attr-defined]
+            own = (owner.addresses[f"{NAMES[i]}.{n}"] for n in MODALITY_WEIGHTS)
             modalities.append(
                 Modality(
                     *(base + starts[3 + i], base + starts[i], *own),
@@ -181,7 +190,7 @@ class _Plan:
         out, barrier = room(b, w.n_pseudo, w.n_embd), room(1)
         fusion = Fusion(
             *(base + starts[5], base + starts[2]),
-            *(owner.addresses[n] for n in Fusion.WEIGHTS),  # type: ignore[attr-defined]
+            *(owner.addresses[n] for n in FUSION_WEIGHTS),
             *(room(b, w.n_embd), room(b, w.mix), room(b, experts), room(b, w.mix), out, barrier),
             *(b, steps[2], w.n_embd, w.mix, experts, w.n_pseudo),
         )
@@ -225,10 +234,6 @@ class _Plan:
         self._device.unstage(self._out)
 
 
-Modality.WEIGHTS = ("w_ih", "w_hh", "bias", "linear", "linear_bias")  # type: ignore[attr-defined]
-Fusion.WEIGHTS = tuple(name for name, _ in Fusion._fields_[2:12])  # type: ignore[attr-defined]
-
-
 class CudaAdapter:
     """An adapter opened on the first NVIDIA GPU; calls on one instance run one after the other."""
 
@@ -270,7 +275,7 @@ class CudaAdapter:
         with self._busy:
             self.device.use()
             for at in range(0, n, MAX_BATCH):
-                part = Batch(*(array[at : at + MAX_BATCH] for array in batch))
+                part = batch.part(at, at + MAX_BATCH)
                 self._plan(part).run(part, out[at : at + MAX_BATCH])
         return out
 

@@ -136,7 +136,7 @@ class CudaDevice:
         self._call("cuMemAllocHost_v2", byref(pointer), c_size_t(max(nbytes, 256)))
         self._pinned.append(pointer)
         buffer = (ctypes.c_uint8 * nbytes).from_address(int(pointer.value or 0))
-        return np.frombuffer(buffer, np.uint8)
+        return np.ctypeslib.as_array(buffer)
 
     def unstage(self, staged: Bytes) -> None:
         """Release what `staging` gave; nothing may use the array afterwards."""
@@ -189,7 +189,7 @@ class CudaDevice:
         self._call("cuStreamSynchronize", self._stream)
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """`work` as a CUDA graph to queue again and again; itself where the driver can't capture."""
+        """`work` as a CUDA graph to queue again; itself where the driver can't capture it."""
         graph, executable = c_void_p(), c_void_p()
         try:
             self._call("cuStreamBeginCapture_v2", self._stream, c_int(CAPTURE_THREAD_LOCAL))

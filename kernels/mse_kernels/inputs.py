@@ -26,6 +26,14 @@ class Batch(NamedTuple):
     text: F32
     text_len: I64
 
+    def part(self, first: int, last: int) -> Batch:
+        """Samples `first` to `last` - 1."""
+        own = slice(first, last)
+        audio, video, text = self.audio[own], self.video[own], self.text[own]
+        return Batch(
+            audio, self.audio_len[own], video, self.video_len[own], text, self.text_len[own]
+        )
+
 
 def _rows(name: str, value: Any, dim: int) -> F32:
     if not isinstance(value, np.ndarray) or value.dtype != np.float32:

@@ -103,7 +103,11 @@ class Weights:
         ):
             if value > most:
                 raise WeightsError(f"{what} {value} is beyond what the kernels take ({most})")
-        return cls(arrays, *dims, mix, width, (scale[0], scale[1], scale[2]), n_pseudo)
+        audio_dim, audio_hidden, video_dim, video_hidden = dims
+        experts = (scale[0], scale[1], scale[2])
+        return cls(
+            arrays, audio_dim, audio_hidden, video_dim, video_hidden, mix, width, experts, n_pseudo
+        )
 
     def check_storage(self, storage: str) -> None:
         """Refuse a storage that is unknown, or that would turn a weight into an infinity."""
