@@ -226,4 +226,4 @@ def test_not_a_graph(tiny: Bundle, tmp_path: Path) -> None:
     (tmp_path / "audio.onnx").write_bytes(b"nothing like a graph")
     info = entry(tmp_path, "audio.onnx", dim=DIM)
     with pytest.raises(BundleError, match="not an ONNX graph"):
-        open_audio_encoder(holding(tiny, tmp_path, info), info.id)
+        open_audio_encoder(holding(tiny, tmp_path, info), info.id)(np.ones(800, np.float32))

@@ -6,12 +6,15 @@ The entry's form is described in `encoder_config`; the same interface as the bui
 from __future__ import annotations
 
 import math
+from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mse_runtime import background
 from mse_runtime.errors import BundleError, UsageError
 from mse_runtime.features.encoder_config import AudioConfig, ImageConfig, parse_config, spec_of
 from mse_runtime.features.face import FaceResult, result_of
@@ -30,7 +33,7 @@ __all__ = ["AudioEncoder", "ImageEncoder", "open_audio_encoder", "open_image_enc
 class AudioEncoder:
     """A speech encoder: waveform -> hidden states."""
 
-    def __init__(self, session: Session, spec: FeatureSpec, config: AudioConfig) -> None:
+    def __init__(self, session: Future[Session], spec: FeatureSpec, config: AudioConfig) -> None:
         self.spec, self.config = spec, config
         self._session = session
 
@@ -72,7 +75,7 @@ class AudioEncoder:
         config = self.config
         begin = first * config.stride
         piece = samples[begin : begin + (rows - 1) * config.stride + config.receptive]
-        hidden = self._session(piece[None])[0]
+        hidden = self._session.result()(piece[None])[0]
         if hidden.shape != (1, rows, config.dim):
             raise BundleError(
                 f"{self.spec.id}: the encoder gives {hidden.shape} where its config promises "
@@ -90,7 +93,7 @@ class ImageEncoder:
 
     def __init__(
         self,
-        session: Session,
+        session: Future[Session],
         spec: FeatureSpec,
         config: ImageConfig,
         *,
@@ -156,7 +159,7 @@ class ImageEncoder:
     def _encode(self, crops: NDArray[np.uint8]) -> Floats:
         mean, std = (np.array(v, np.float32) for v in (self.config.mean, self.config.std))
         pixels = (crops.astype(np.float32) / 255 - mean) / std
-        hidden = self._session(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))[0]
+        hidden = self._session.result()(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))[0]
         if math.prod(hidden.shape) != len(crops) * self.config.dim or len(hidden) != len(crops):
             raise BundleError(
                 f"{self.spec.id}: the encoder gives {hidden.shape} where its config promises "
@@ -168,8 +171,8 @@ class ImageEncoder:
 def open_audio_encoder(bundle: Bundle, spec_id: str, *, threads: int = 1) -> AudioEncoder:
     """The speech encoder `spec_id` ("hf-audio:<sha>") of a bundle; BundleError without it."""
     info = _entry(bundle, spec_id)
-    session = Session(bundle.encoder_path(spec_id), threads=threads)
-    return AudioEncoder(session, spec_of(info), parse_config(AudioConfig, info))
+    config = parse_config(AudioConfig, info)
+    return AudioEncoder(_load(bundle.encoder_path(spec_id), threads), spec_of(info), config)
 
 
 def open_image_encoder(
@@ -177,9 +180,14 @@ def open_image_encoder(
 ) -> ImageEncoder:
     """The image encoder `spec_id` ("hf-image:<sha>") of a bundle; BundleError without it."""
     info = _entry(bundle, spec_id)
-    session = Session(bundle.encoder_path(spec_id), threads=threads)
     config = parse_config(ImageConfig, info)
+    session = _load(bundle.encoder_path(spec_id), threads)
     return ImageEncoder(session, spec_of(info), config, threads=threads, keep_mesh=keep_mesh)
+
+
+def _load(path: Path, threads: int) -> Future[Session]:
+    """The network, loading beside the caller; what goes wrong is raised at its first use."""
+    return background.start(lambda: Session(path, threads=threads), "mse-encoder-load")
 
 
 def _entry(bundle: Bundle, spec_id: str) -> EncoderInfo:

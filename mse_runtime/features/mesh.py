@@ -7,13 +7,13 @@ look at follow MediaPipe's face mesh graph: a detection once, then the last fram
 from __future__ import annotations
 
 import math
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mse_runtime import background
 from mse_runtime.features.detector import FaceDetector
 from mse_runtime.features.geometry import Floats, Picture, Region
 from mse_runtime.features.sessions import Session
@@ -93,9 +93,7 @@ class FaceModels:
     """The networks, loading in a thread of their own while the clip is being opened."""
 
     def __init__(self, *, threads: int = 1) -> None:
-        pool = ThreadPoolExecutor(1, thread_name_prefix="face-models")
-        self._future: Future[FaceNetworks] = pool.submit(lambda: FaceNetworks(threads=threads))
-        pool.shutdown(wait=False)
+        self._future = background.start(lambda: FaceNetworks(threads=threads), "mse-face-load")
 
     def get(self) -> FaceNetworks:
         """Wait for the networks; raises what went wrong while loading."""
