@@ -19,14 +19,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mse_runtime.errors import UsageError
-from mse_runtime.features.npz import load_npz, save_npz
 from mse_runtime.features.spec import Features, FeatureTrack, get_spec
 
 if TYPE_CHECKING:
     from mse_runtime.features.face import FaceExtractor, FaceResult
+    from mse_runtime.features.npz import load_npz, save_npz
     from mse_runtime.media import ClipInfo, Sample, Window
 
 __all__ = ["extract", "load_npz", "save_npz"]
+
+
+def __getattr__(name: str) -> Any:
+    # Reading and writing files is offered here too, but costs an import most runs don't need.
+    if name in ("load_npz", "save_npz"):
+        from mse_runtime.features import npz
+
+        return getattr(npz, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 Trace = Callable[[str, float], None]
 

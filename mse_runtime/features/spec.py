@@ -136,7 +136,8 @@ class Features:
 
 def known_specs() -> tuple[str, ...]:
     """The ids of all specs shipped with this runtime, sorted."""
-    return tuple(sorted(spec.id for spec in _shipped().values()))
+    names = sorted(path.stem for path in SPEC_FOLDER.glob("*.json"))
+    return tuple(sorted(spec.id for spec in map(_shipped, names) if spec is not None))
 
 
 def get_spec(spec_id: str) -> FeatureSpec:
@@ -146,8 +147,9 @@ def get_spec(spec_id: str) -> FeatureSpec:
         BundleError: unknown id. Encoder ids ("hf-audio:<sha>", "hf-image:<sha>") are not shipped:
             their width and rate stand in the bundle, see `encoder_spec`.
     """
-    found = _shipped().get(spec_id)
-    if found is not None:
+    name = spec_id.partition("/")[0]
+    found = _shipped(name) if name.replace("-", "").isalnum() else None
+    if found is not None and found.id == spec_id:
         return found
     if is_encoder_id(spec_id):
         raise BundleError(
@@ -219,10 +221,10 @@ def _columns(entry: Mapping[str, Any]) -> list[Column]:
     return [Column(each, unit, cast(Fidelity, fidelity), note) for each in names]
 
 
-@lru_cache(maxsize=1)
-def _shipped() -> dict[str, FeatureSpec]:
-    specs = {}
-    for path in sorted(SPEC_FOLDER.glob("*.json")):
-        spec = parse_spec(json.loads(path.read_text(encoding="utf-8")), path.name)
-        specs[spec.id] = spec
-    return specs
+@lru_cache(maxsize=32)
+def _shipped(name: str) -> FeatureSpec | None:
+    # One file at a time: the widest specs take longer to read than a whole clip's sound.
+    path = SPEC_FOLDER / f"{name}.json"
+    if not path.is_file():
+        return None
+    return parse_spec(json.loads(path.read_text(encoding="utf-8")), path.name)
