@@ -153,16 +153,13 @@ def _check_spec(bundle: Bundle, key: str, modality: str, wanted: FeatureInput) -
 
 
 def check_gguf(bundle: Bundle) -> None:
-    """Check the language model's file against the manifest, and its header's dimensions.
+    """Check the dimensions in the language model's header; its bytes were checked before.
 
     Raises `BackboneError` where the file is no GGUF, `MismatchError` where it is another model.
     """
-    path, ref = bundle.gguf_path(), bundle.backbone.gguf
-    if not isinstance(ref, FileRef):
-        check_file(path, ref.size, ref.sha256)
     from mse_runtime.gguf import Gguf
 
-    wanted = bundle.backbone
+    path, wanted = bundle.gguf_path(), bundle.backbone
     with Gguf.open(path) as header:
         pairs = (
             ("arch", header.arch, wanted.arch),

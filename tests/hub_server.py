@@ -35,12 +35,14 @@ class HubServer:
 
     `cuts[file]` lists, request by request, after how many body bytes the connection breaks.
     After `stalls[file]` bytes nothing more comes and `stalled` is set.
+    Files in `damaged` come with a wrong first byte, under their right ETag.
     `refusals[name]` answers every request for a repository.
     """
 
     repos: dict[str, Path]
     cuts: dict[str, list[int]] = field(default_factory=dict)
     stalls: dict[str, int] = field(default_factory=dict)
+    damaged: set[str] = field(default_factory=set)
     refusals: dict[str, Refusal] = field(default_factory=dict)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     """(method, path, Range header) of every request."""
@@ -141,6 +143,8 @@ class HubServer:
                 if not body:
                     return
                 part = data[first:]
+                if name in hub.damaged and first == 0:
+                    part = bytes([part[0] ^ 255]) + part[1:]
                 if hub.cuts.get(name):
                     part = part[: hub.cuts[name].pop(0)]
                     self.close_connection = True

@@ -274,6 +274,17 @@ def test_link_out_of_the_folder(folder: Path, tmp_path: Path) -> None:
     assert "outside the bundle's folder" in refused(folder, UnsafePathError)
 
 
+def test_blobs_are_allowed_in_a_hub_snapshot_only(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    for parent in ("snapshots", "elsewhere"):
+        folder = tmp_path / parent / "abc"
+        make_bundle(folder)
+        (folder / "adapter.onnx").rename(tmp_path / "blobs" / parent)
+        (folder / "adapter.onnx").symlink_to(f"../../blobs/{parent}")
+    assert load_bundle(tmp_path / "snapshots" / "abc").name == "toy"
+    refused(tmp_path / "elsewhere" / "abc", UnsafePathError)
+
+
 def test_link_of_a_parent_folder(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (folder / "adapter.onnx").rename(tmp_path / "elsewhere" / "adapter.onnx")

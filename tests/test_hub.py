@@ -132,10 +132,20 @@ def test_a_second_run_downloads_nothing(hub: HubServer) -> None:
     assert [request for request in hub.requests if request[0] == "GET"] == []
 
 
-def test_a_commit_in_the_cache_needs_no_network(hub: HubServer) -> None:
+def test_a_commit_in_the_cache_needs_no_network(
+    hub: HubServer, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = resolve_bundle(f"{REPO}@{COMMIT}", progress=False)
     hub.stop()
     assert resolve_bundle(f"{REPO}@{COMMIT}", progress=False) == folder
+    assert caplog.text == ""
+
+
+def test_all_files_are_of_one_commit(hub: HubServer) -> None:
+    """The branch may move on while files come in: only the manifest is asked for by branch."""
+    resolve_bundle(REPO, progress=False)
+    by_branch = {path for _, path, _ in hub.requests if "/main/" in path}
+    assert by_branch == {f"/{REPO}/resolve/main/manifest.json"}
 
 
 def test_only_files_of_the_manifest_are_fetched(hub: HubServer) -> None:
@@ -210,6 +220,13 @@ def test_wrong_hash_is_removed_and_fetched_again(hub: HubServer, served: Path) -
     assert "SHA-256" in message
     assert "fetches it again" in message
     (served / "adapter.onnx").write_bytes(good)
+    assert load_bundle(resolve_bundle(REPO, progress=False)).name == "toy"
+
+
+def test_damage_on_the_way_is_removed_and_fetched_again(hub: HubServer) -> None:
+    hub.damaged.add("backbone.gguf")
+    assert "SHA-256" in refused(REPO, DamagedFileError)
+    hub.damaged.clear()
     assert load_bundle(resolve_bundle(REPO, progress=False)).name == "toy"
 
 
