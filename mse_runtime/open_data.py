@@ -137,7 +137,8 @@ def read_manifest(path: Path, name: str | None = None) -> DataSet:
     if described.exists():
         info = read_info(described, name)
     else:
-        info = guess_info([row.get("label", "") for _, row in rows], name or path.stem)
+        own_name = path.resolve().parent.name if path.name == MANIFEST else path.stem
+        info = guess_info([row.get("label", "") for _, row in rows], name or own_name)
     splits: dict[str, list[Sample]] = {}
     problems: list[Problem] = []
     seen: set[str] = set()

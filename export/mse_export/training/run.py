@@ -26,7 +26,7 @@ from mse_export.training.recipe import Recipe, load_recipe
 from mse_export.training.state import RunFolder, write_checkpoint
 from mse_export.training.task import choose_profile, pad_id
 from mse_export.training.trainer import Outcome, Trainer
-from mse_runtime.datasets import PUBLISHED, DataSet, Sample, load_dataset
+from mse_runtime.datasets import DataSet, Sample, load_dataset
 from mse_runtime.errors import DeviceError, UsageError
 
 __all__ = ["Arguments", "Result", "summary_rows", "train"]
@@ -71,8 +71,7 @@ def train(arguments: Arguments, reporter: Reporter) -> list[Result]:
     device, precision = _device(arguments)
     folder = RunFolder(arguments.output)
     folder.make()
-    data = load_dataset(arguments.data, _published_name(arguments.dataset))
-    data = replace(data, info=replace(data.info, name=arguments.dataset))
+    data = load_dataset(arguments.data, arguments.dataset)
     frozen = open_frozen(
         arguments.backbone, device=device, precision=precision, four_bit=arguments.four_bit
     )
@@ -216,10 +215,6 @@ class _Run:
             f"epoch {row['epoch']:3d}  loss {row['train_loss']:.4f}  valid {metrics}  "
             f"lr {row['lr']:.2e}  {row['seconds']:.1f} s{mark}"
         )
-
-
-def _published_name(name: str) -> str | None:
-    return name if name in PUBLISHED else None
 
 
 def _device(arguments: Arguments) -> tuple[str, Precision]:
