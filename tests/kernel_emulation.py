@@ -24,7 +24,7 @@ Bytes = npt.NDArray[np.uint8]
 
 
 def build_emulation(folder: Path, *flags: str) -> ctypes.CDLL:
-    """Compile kernels/emulation into `folder`; the test is skipped where there is no compiler."""
+    """Compile kernels/checks into `folder`; the test is skipped where there is no compiler."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")
@@ -32,7 +32,7 @@ def build_emulation(folder: Path, *flags: str) -> ctypes.CDLL:
     # Fortified longjmp takes a change of stacks for an attack.
     options = ("-O2", "-std=c++17", "-fPIC", "-shared", "-Wall", "-Werror", "-U_FORTIFY_SOURCE")
     quiet = ("-Wno-unknown-pragmas", "-Wno-maybe-uninitialized")
-    source = KERNELS / "emulation" / "host.cpp"
+    source = KERNELS / "checks" / "host.cpp"
     command = [compiler, *options, *quiet, *flags, str(source), "-o", str(out)]
     subprocess.run(command, check=True, capture_output=True)
     lib = ctypes.CDLL(str(out))

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 
-import mse_kernels
 import numpy as np
 import pytest
 from kernel_cases import random_case, random_weights
+
+import mse_kernels
 from mse_kernels import _cpu, reference
 
 if _cpu.reason() is not None:  # pragma: no cover

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mse_kernels
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import Case, golden_cases, load_golden, random_case, random_weights
+
+import mse_kernels
 from mse_kernels import _cpu, reference
 
 if _cpu.reason() is not None:  # pragma: no cover

@@ -1,7 +1,7 @@
 """The CUDA backend: three launches of `fusion.cu` per call, replayed as a graph for a known shape.
 
 Everything here but the device itself is also run by the tests on a host emulation of the device
-(kernels/emulation), since it needs nothing of CUDA.
+(kernels/checks), since it needs nothing of CUDA.
 """
 
 from __future__ import annotations

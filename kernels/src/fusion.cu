@@ -4,7 +4,7 @@
 // Memory: weights [out, in] row-major as published; the gates of unit u are columns 4 u + {0, 1, 2, 3}
 // (i, f, g, o), so that the four threads of a unit are neighbours and a step reads one line.
 // fp32 arithmetic throughout; no fast-math. The text below is also compiled as C++ by a test that
-// runs it thread by thread on a CPU (tests/cuda_host), hence SHARED_MEMORY and half_bits_to_float.
+// runs it thread by thread on a CPU (kernels/checks), hence SHARED_MEMORY and half_bits_to_float.
 
 #ifndef MSE_HOST_EMULATION
 #define SHARED_MEMORY(name) extern __shared__ float name[]
