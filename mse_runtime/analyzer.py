@@ -9,12 +9,13 @@ tail remain. Otherwise (published layouts) the prompt is one all-embedding batch
 
 from __future__ import annotations
 
+import re
 import threading
 import time
-from concurrent.futures import Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +24,10 @@ from mse_runtime import background
 from mse_runtime.bundle import Bundle, Task, load_bundle
 from mse_runtime.errors import UsageError
 from mse_runtime.features.normalise import prepare
+from mse_runtime.gguf import Gguf
 from mse_runtime.hub import resolve_bundle
 from mse_runtime.parity import generate
+from mse_runtime.placement import MB, Plan, check_gpu, free_vram, measured, plan
 from mse_runtime.prompt import Prompt, build, check_text
 from mse_runtime.readout import Readout
 from mse_runtime.result import Prediction, Stopwatch
@@ -39,6 +42,9 @@ __all__ = ["Analyzer"]
 Parity = Literal["published"]
 Rows = NDArray[np.float32]
 SMALL_MODEL = 32_000_000
+HOST_BUFFER = re.compile(r"CPU|\S+_Host")
+# ONNX Runtime, PyAV, the face networks and a clip's frames in flight (bench/features.py).
+FEATURE_BYTES = 80_000_000
 # Stages of `extract`, as the result names them.
 STAGES = {"probe": "decode", "decode": "decode", "audio": "features", "face": "features"}
 
@@ -70,7 +76,12 @@ class Analyzer:
         self._constant: NDArray[np.int32] = np.empty(0, np.int32)
         self._load_seconds = 0.0
         self.last_features: Features | None = None
-        self.plan = make_plan(bundle, n_gpu_layers=n_gpu_layers, low_memory=low_memory)
+        self._plan: Future[Plan] = background.start(
+            lambda: make_plan(
+                bundle, n_gpu_layers=n_gpu_layers, low_memory=low_memory, require_gpu=require_gpu
+            ),
+            "mse-plan",
+        )
         self._backbone: Future[Backbone] = background.start(self._load_backbone, "mse-load")
         self._adapter: Future[Adapter] = background.start(
             lambda: self._load_adapter(adapter), "mse-adapter"
@@ -165,11 +176,7 @@ class Analyzer:
             ),
             "mse-features",
         )
-        try:
-            return self._answer(features, text, task, parity, str(clip), watch)
-        except Exception:
-            wait([features])  # native threads must not outlive the interpreter
-            raise
+        return self._answer(features, text, task, parity, str(clip), watch)
 
     def analyze_features(
         self,
@@ -184,6 +191,11 @@ class Analyzer:
         ready: Future[Features] = Future()
         ready.set_result(features)
         return self._answer(ready, check_text(text), task, parity, clip, Stopwatch())
+
+    @property
+    def plan(self) -> Plan:
+        """The memory plan; it is made before the weights load."""
+        return self._plan.result()
 
     def task(self, name: str | None) -> tuple[str, Task]:
         """The task called `name`, or the bundle's default."""
@@ -208,6 +220,10 @@ class Analyzer:
     ) -> Prediction:
         name, task = self.task(task_name)
         with self._turn:
+            waiting: list[Future[Any]] = [features, self._backbone]
+            wait(waiting, return_when=FIRST_COMPLETED)
+            if features.done():
+                features.result()  # a clip that cannot be read need not wait for the model
             backbone = self._loaded(watch)
             readout = self._readout(name, task, backbone)
             prompt = build(
@@ -215,14 +231,14 @@ class Analyzer:
             )
             try:
                 with watch.stage("prefill"):
-                    waiting = self._prefill_early(backbone, prompt)
+                    pending = self._prefill_early(backbone, prompt)
                 found = features.result()
                 with watch.stage("adapter"):
                     pseudo = self._pseudo(backbone, prompt, found)
                 forced = readout.trie.prefix
                 tail = prompt.late if parity else np.concatenate([prompt.late, forced])
                 with watch.stage("prefill"):
-                    rows = [backbone.embed(waiting), pseudo, backbone.embed(tail)]
+                    rows = [backbone.embed(pending), pseudo, backbone.embed(tail)]
                     first = backbone.prefill(np.concatenate(rows))
                 with watch.stage("readout"):
                     generated = None
@@ -242,7 +258,11 @@ class Analyzer:
             clip=clip,
             warnings=self._warnings(prompt, found, backbone),
             timing_ms=watch.stages | {"total": watch.total()},
-            memory_mb={"peak_rss": peak_rss_mb(), "vram": backbone.info.get("vram_mb")},
+            memory_mb={
+                "peak_rss": measured().peak_rss / MB,
+                "vram": vram_mb(backbone.info["buffers_mib"]),
+                "plan": self.plan.ram / MB,
+            },
             backend={
                 "adapter": self._adapter.result().name,
                 "backbone": backbone.info | {"n_layer": backbone.n_layer},
@@ -282,10 +302,11 @@ class Analyzer:
         face, n_face = prepare(features.face, self.bundle.features.face)
         text = backbone.embed(prompt.text_ids)
         one = np.ones(1, np.int64)
-        pseudo = self._adapter.result()(
+        adapter = self._adapter.result()
+        pseudo: Rows = adapter(
             audio[None], n_audio * one, face[None], n_face * one, text[None], len(text) * one
-        )
-        return pseudo[0]
+        )[0]
+        return pseudo
 
     def _warnings(self, prompt: Prompt, features: Features, backbone: Backbone) -> tuple[str, ...]:
         found = [*features.warnings, *backbone.info.get("warnings", ())]
@@ -317,13 +338,17 @@ class Analyzer:
         from mse_runtime.backbone import Backbone
 
         before = time.perf_counter()
+        plan = self.plan
+        plan.check_ram()
         backbone = Backbone.open(
             self.bundle.gguf_path(),
             n_ctx=positions(self.bundle),
             threads=self.threads or default_threads(self.bundle),
-            n_gpu_layers=self.plan.n_gpu_layers,
+            n_gpu_layers=plan.n_gpu_layers,
             low_memory=self._low_memory,
         )
+        if self._require_gpu:
+            check_gpu(plan, backbone.info)
         self._load_seconds = time.perf_counter() - before
         return backbone
 
@@ -331,6 +356,29 @@ class Analyzer:
         from mse_runtime.adapter import open_adapter
 
         return open_adapter(self.bundle, backend=backend, threads=self.threads or 1)
+
+
+def make_plan(
+    bundle: Bundle,
+    *,
+    n_gpu_layers: int | None = None,
+    low_memory: bool = False,
+    require_gpu: bool = False,
+) -> Plan:
+    """Where `bundle`'s memory would go on this machine; loads nothing but llama.cpp itself."""
+    with Gguf.open(bundle.gguf_path()) as gguf:
+        made = plan(
+            gguf,
+            n_ctx=positions(bundle),
+            low_memory=low_memory,
+            n_gpu_layers=n_gpu_layers,
+            free_vram=free_vram(),
+            adapter=bundle.adapter.onnx.size,
+            features=FEATURE_BYTES,
+        )
+    if require_gpu:
+        check_gpu(made)
+    return made
 
 
 def default_threads(bundle: Bundle) -> int | None:
@@ -343,7 +391,7 @@ def default_threads(bundle: Bundle) -> int | None:
 
 
 def positions(bundle: Bundle) -> int:
-    """Upper bound on the positions one utterance needs: no tokeniser makes more than one id a byte."""
+    """Upper bound on the positions one utterance needs: at most one id a byte."""
     fixed = max(
         sum(len((segment.text or "").encode()) + 1 for segment in task.prompt) + task.max_new_tokens
         for task in bundle.tasks.values()
@@ -351,10 +399,7 @@ def positions(bundle: Bundle) -> int:
     return fixed + bundle.text.max_tokens + bundle.adapter.n_pseudo
 
 
-def peak_rss_mb() -> float:
-    """The process's peak resident memory in MB (10^6 bytes)."""
-    import resource
-    import sys
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+def vram_mb(buffers_mib: dict[str, float]) -> float | None:
+    """MB (10^6 bytes) of llama.cpp's buffers that are on a device; None where none is."""
+    on_device = [size for name, size in buffers_mib.items() if not HOST_BUFFER.match(name)]
+    return sum(on_device) * 1.048576 or None

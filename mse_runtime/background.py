@@ -15,8 +15,8 @@ T = TypeVar("T")
 def start(work: Callable[[], T], name: str) -> Future[T]:
     """Run `work` in a thread of its own. An exception is raised where the result is asked for.
 
-    The thread is a daemon, so Ctrl-C never waits for a model that is still loading
-    (`concurrent.futures` executors join theirs at exit).
+    The interpreter joins the thread at exit: a native thread that outlives it aborts the process.
+    A program that must not wait for a model that is still loading leaves with `os._exit`.
     """
     future: Future[T] = Future()
 
@@ -26,5 +26,5 @@ def start(work: Callable[[], T], name: str) -> Future[T]:
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, name=name, daemon=True).start()
+    threading.Thread(target=run, name=name).start()
     return future

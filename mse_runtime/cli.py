@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -145,8 +146,6 @@ def _answer(arguments: tuple[str, ...], options: dict[str, Any]) -> None:
         )
     text = check_text(arguments[-1])
     clip = None if options["features"] else Path(arguments[0])
-    if clip is not None:
-        _check_clip(clip)
     if options["plot"] and options["features"]:
         raise UsageError("--plot needs the clip itself, not --features: it draws its frames.")
     with _open(options) as analyzer:
@@ -179,7 +178,7 @@ def _report(analyzer: Analyzer, prediction: Prediction, options: dict[str, Any])
         click.echo(f"warning: {warning}", err=True)
     if options["jsonl"]:
         click.echo(json.dumps(prediction.to_dict(), ensure_ascii=False))
-    elif options["json"]:
+    elif options["as_json"]:
         click.echo(json.dumps(prediction.to_dict(), ensure_ascii=False, indent=2))
     else:
         from rich.console import Console
@@ -209,7 +208,6 @@ def _features_only(arguments: tuple[str, ...], options: dict[str, Any]) -> None:
             "Give one clip and where to write: mse-run clip.mp4 --features-only -o f.npz"
         )
     clip = Path(arguments[0])
-    _check_clip(clip)
     inputs = load_bundle(resolve_bundle(options["bundle"], offline=options["offline"])).features
     features = extract(
         clip,
@@ -254,7 +252,6 @@ def _plan_only(options: dict[str, Any]) -> None:
         bundle,
         n_gpu_layers=options["n_gpu_layers"],
         low_memory=options["low_memory"],
-        threads=options["threads"],
         require_gpu=options["require_gpu"],
     )
     _print_plan(plan.rows(), f"Memory plan of {bundle.name}", sys.stdout)
@@ -280,13 +277,6 @@ def _load_features(path: Path) -> Features:
     return load_npz(path)
 
 
-def _check_clip(clip: Path) -> None:
-    """Refuse a path that cannot be a clip before the model starts loading."""
-    from mse_runtime.media import check_file
-
-    check_file(clip)
-
-
 def _print_plan(rows: list[tuple[str, ...]], title: str, stream: Any) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -305,18 +295,24 @@ def main() -> None:
     try:
         run(standalone_mode=False)
     except MSEError as error:
-        click.echo(f"mse-run: {error}", err=True)
-        sys.exit(error.exit_code)
+        leave(error.exit_code, f"mse-run: {error}")
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        leave(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("mse-run: interrupted", err=True)
-        sys.stdout.flush()
-        # A model may still be loading in a thread of native code: do not wait for it.
-        os._exit(130)
+        leave(130, "mse-run: interrupted")
     except BrokenPipeError:
-        os._exit(0)
+        leave(0)
+
+
+def leave(code: int, message: str | None = None) -> NoReturn:
+    """Exit now, not when a model that is still loading in another thread has loaded."""
+    if message:
+        click.echo(message, err=True)
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

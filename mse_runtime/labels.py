@@ -104,8 +104,8 @@ def _grow(labels: Sequence[Sequence[int]]) -> list[_Node]:
     for index, ids in enumerate(labels):
         at = 0
         for token in ids:
-            if nodes[at].label is not None:
-                raise _not_prefix_free(labels, index, nodes[at].label)
+            if (other := nodes[at].label) is not None:
+                raise _not_prefix_free(labels, index, other)
             if token not in nodes[at].children:
                 nodes[at].children[int(token)] = len(nodes)
                 nodes.append(_Node(token=int(token), parent=at))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -58,7 +59,6 @@ class Prediction:
     backend: dict[str, Any]
     bundle: dict[str, Any]
     generated: Generated | None = None
-    plan: tuple[dict[str, Any], ...] = field(default=(), repr=False)
 
     @property
     def value(self) -> float | None:
@@ -67,6 +67,11 @@ class Prediction:
 
     @property
     def label(self) -> str:
+        """The most probable class, the value in words, or the class that generation named."""
+        if self.generated and self.value is not None and not self.answer.distribution:
+            names = list(self.answer.probabilities)
+            known = self.value.is_integer() and 0 <= self.value < len(names)
+            return names[int(self.value)] if known else f"none of the classes ({self.value:g})"
         return self.answer.label
 
     @property
@@ -102,10 +107,11 @@ class Prediction:
             document["generated"] = {
                 "ids": list(self.generated.ids),
                 "text": self.generated.text,
-                "value": self.generated.value,
+                "value": _round(self.generated.value),
             }
         return document
 
 
 def _round(number: float | None) -> float | None:
-    return None if number is None else round(number, 6)
+    """Six decimals are plenty; JSON has no infinities."""
+    return None if number is None or not math.isfinite(number) else round(number, 6)

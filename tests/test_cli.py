@@ -115,15 +115,18 @@ def test_bad_media(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [{"x": np.zeros(3)}, {"audio": np.zeros((3, 2), np.float32)}, None]
+    ("content", "code"),
+    [({"x": np.zeros(3)}, 3), ({"audio": np.zeros((3, 2), np.float32)}, 4), (None, 3)],
 )
-def test_bad_feature_files(content: dict[str, np.ndarray] | None, tmp_path: Path) -> None:
+def test_bad_feature_files(
+    content: dict[str, np.ndarray] | None, code: int, tmp_path: Path
+) -> None:
     path = tmp_path / "f.npz"
     if content is None:
         path.write_bytes(b"PK nonsense")
     else:
         np.savez(path, **content)
-    assert refused(mse_run("--features", path, TEXT), 3)
+    assert refused(mse_run("--features", path, TEXT), code)
 
 
 def test_bad_bundles(tmp_path: Path) -> None:
