@@ -17,7 +17,7 @@ from mse_runtime.features.action_units import ACTION_UNITS, action_units
 from mse_runtime.features.detector import _merge
 from mse_runtime.features.face import FaceExtractor, FaceResult
 from mse_runtime.features.geometry import Picture, Region, box_iou
-from mse_runtime.features.landmarks import IBUG68, face_frame, neutral_mesh
+from mse_runtime.features.landmarks import IBUG68, face_frame, gaze, neutral_mesh
 from mse_runtime.features.spec import get_spec
 
 pytest.importorskip("onnxruntime")
@@ -342,6 +342,18 @@ def test_action_units_follow_the_face() -> None:
     assert moved[2, codes.index("AU15")] < 0
     assert moved[3, codes.index("AU45")] > 0.07
     assert moved[3, codes.index("AU05")] < 0
+
+
+def test_gaze_follows_the_iris() -> None:
+    mesh = (neutral_mesh() * 120 + (300, 200, 0)).astype(np.float32)
+    eyes = [mesh[[33, 133], :2], mesh[[362, 263], :2]]
+    iris = np.concatenate([np.repeat(eye.mean(0, keepdims=True), 5, axis=0) for eye in eyes])
+    width = float(np.linalg.norm(eyes[0][1] - eyes[0][0]))
+    side = iris + np.array([0.1 * width, 0], np.float32)
+    points = np.stack([mesh, mesh])
+    seen = gaze(points, np.stack([iris, side]).astype(np.float32), face_frame(points))
+    assert np.abs(seen[0]).max() < 1e-4
+    assert seen[1] == pytest.approx([0.1, 0, 0.1, 0], abs=1e-3)
 
 
 # --- specs --------------------------------------------------------------------------------------
