@@ -7,6 +7,7 @@ them exactly as it runs the real ones. `synthetic_gguf` writes the real shapes f
 from __future__ import annotations
 
 import argparse
+import os
 import struct
 import sys
 from collections.abc import Iterator
@@ -225,10 +226,13 @@ SHAPES = {
 }
 
 
-def synthetic_gguf(path: Path, shape: Shape, *, embedding: str = "f16", seed: int = 0) -> Path:
+def synthetic_gguf(
+    path: Path, shape: Shape, *, embedding: str = "f16", seed: int = 0, sparse: bool = False
+) -> Path:
     """Write `shape` with random Q4_0 weights, tensor by tensor: for speed and memory only.
 
-    Blocks get one common scale and random nibbles, so writing is as fast as the disk.
+    Blocks get one common scale and random nibbles, so writing is as fast as the disk. `sparse`
+    leaves a hole instead of the weights: enough for plans.
     """
     rng = np.random.default_rng(seed)
     words = [f"w{i}" for i in range(shape.n_vocab - 259)]
@@ -238,16 +242,21 @@ def synthetic_gguf(path: Path, shape: Shape, *, embedding: str = "f16", seed: in
         [0.0] * shape.n_vocab, special=base.special,
     )  # fmt: skip
     writer = _header(path, shape, vocab, "synthetic")
-    plan = []
+    plan, total = [], 0
     for name, size in shape.tensors():
         kind = "f32" if len(size) == 1 else embedding if name == "token_embd.weight" else "q4_0"
         per_block, block = gguf.GGML_QUANT_SIZES[_TYPES[kind]]
         n_bytes = int(np.prod(size)) // per_block * block
         writer.add_tensor_info(name, size, np.dtype(np.float32), n_bytes, _TYPES[kind])
         plan.append((name, size, kind))
+        total += n_bytes
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+    if sparse:
+        writer.close()
+        os.truncate(path, path.stat().st_size + total + len(plan) * 32)
+        return path
     for name, size, kind in plan:
         writer.write_tensor_data(_random_tensor(rng, name, size, kind))
     writer.close()

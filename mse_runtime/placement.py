@@ -1,0 +1,305 @@
+"""The memory plan: what goes where, before anything is loaded, and what was measured afterwards.
+
+Sizes come from the file's own tensor table, never from nominal bits. The plan is for the peak of
+resident memory (RSS) of this process and for the GPU's memory; both are meant to be within 10 %.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mse_runtime.errors import DeviceError
+from mse_runtime.gguf import Gguf
+
+__all__ = ["Item", "Measured", "Plan", "check_gpu", "free_vram", "gpu_problem", "measured", "plan"]
+
+MB = 10**6
+LIBRARIES = 16 * MB
+"""llama.cpp's libraries, their tables and thread stacks: 14 MB measured on a toy model."""
+GPU_MARGIN = 512 * MB
+"""Kept free on the GPU: its context, library workspaces, the desktop. An allowance, no measure."""
+_UBATCH = 512
+_LAYER = re.compile(r"blk\.(\d+)\.")
+_KV_BYTES = {"f16": 2, "f32": 4}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One consumer of memory, in bytes."""
+
+    name: str
+    ram: int = 0
+    vram: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where a model's memory goes. `n_gpu_layers` counts the output as the last layer."""
+
+    items: tuple[Item, ...]
+    n_gpu_layers: int
+    n_layers: int
+    free_vram: int
+    reclaimable: int
+    """Part of the RAM that is the mapped file: the kernel may drop it under pressure."""
+
+    @property
+    def ram(self) -> int:
+        """Planned peak of resident memory, in bytes."""
+        return sum(item.ram for item in self.items)
+
+    @property
+    def vram(self) -> int:
+        return sum(item.vram for item in self.items)
+
+    def rows(
+        self, measured_rss_mb: float | None = None, measured_vram_mb: float | None = None
+    ) -> list[tuple[str, ...]]:
+        """The plan as a table of strings, head first; sizes in MB (10^6 bytes)."""
+        table: list[tuple[str, ...]] = [("part", "RAM MB", "VRAM MB", "note")]
+        table += [
+            (item.name, _mb(item.ram), _mb(item.vram), item.note)
+            for item in self.items
+            if item.ram or item.vram
+        ]
+        table.append(("planned", _mb(self.ram), _mb(self.vram), self.summary))
+        if measured_rss_mb is not None:
+            off = 100 * (self.ram / MB / measured_rss_mb - 1) if measured_rss_mb else 0.0
+            vram = "" if measured_vram_mb is None else f"{measured_vram_mb:.0f}"
+            table.append(("measured", f"{measured_rss_mb:.0f}", vram, f"plan is {off:+.0f} % off"))
+        return table
+
+    @property
+    def summary(self) -> str:
+        """One sentence about the placement."""
+        if self.n_gpu_layers:
+            return f"{self.n_gpu_layers} of {self.n_layers} layers on the GPU"
+        if self.free_vram:
+            return f"no layer fits in {self.free_vram // MB} MB of free VRAM: CPU"
+        return "CPU"
+
+    def check_ram(self, available: int | None = None) -> None:
+        """Raise DeviceError where the RAM that cannot be reclaimed exceeds what is available.
+
+        available: bytes; default the kernel's own estimate (MemAvailable).
+        """
+        room = _available() if available is None else available
+        wanted = self.ram - self.reclaimable
+        if room and wanted > room:
+            raise DeviceError(
+                f"The model needs {wanted // MB} MB of memory, {room // MB} MB are available. "
+                "Close other programs, use --low-memory, or a smaller or more quantised model."
+            )
+
+
+def plan(
+    gguf: Gguf,
+    *,
+    n_ctx: int = 512,
+    n_seq_max: int = 1,
+    kv_type: str = "f16",
+    low_memory: bool = False,
+    extra_bufts: bool = True,
+    n_gpu_layers: int | None = None,
+    free_vram: int = 0,
+    adapter: int = 0,
+    features: int = 0,
+    n_outputs_max: int = 32,
+    tree_width: int = 16,
+    positions: int | None = None,
+    program: int | None = None,
+) -> Plan:
+    """Plan the memory of one model with these `Backbone.open` options.
+
+    n_gpu_layers: None takes as many as fit in `free_vram` bytes; -1 means all. adapter, features:
+    bytes for these. positions: the longest batch that will really be run, if known (scratch memory
+    behind it is reserved but never touched). program: bytes of the process before; default what
+    it has now.
+    """
+    sizes = _Sizes(gguf, -(-n_ctx // 256) * 256, _KV_BYTES[kv_type], n_outputs_max)
+    count = sizes.n_layer + 1
+    if n_gpu_layers is None:
+        chosen = next((k for k in range(count, 0, -1) if sizes.vram(k) <= free_vram), 0)
+    else:
+        chosen = count if n_gpu_layers < 0 else min(n_gpu_layers, count)
+    from mse_runtime.backbone.loading import reads_file
+
+    mapped = not reads_file(gguf, extra_bufts and not low_memory)
+    on_gpu = sizes.layers(chosen)
+    vocab = gguf.n_vocab
+    used = min(1.0, (positions or sizes.n_ctx) / min(sizes.n_ctx, _UBATCH))
+    output_rows = max(n_outputs_max, n_seq_max + tree_width)
+    file_part = sum(info.size for info in gguf.tensors.values())
+    weights_ram = file_part if mapped else file_part - sum(sizes.weights[i] for i in on_gpu)
+    if not mapped and sizes.tied and sizes.n_layer in on_gpu:
+        weights_ram += sizes.embedding  # the table itself stays for the rows
+    items = (
+        Item("program", (_rss() if program is None else program) + LIBRARIES),
+        Item(
+            f"weights ({gguf.weight_type})",
+            weights_ram,
+            sum(sizes.weights[i] for i in on_gpu),
+            "mapped file" if mapped else "read into memory",
+        ),
+        Item(
+            f"KV cache ({kv_type}, {sizes.n_ctx} positions)",
+            sum(sizes.kv for i in range(sizes.n_layer) if i not in on_gpu),
+            sum(sizes.kv for i in range(sizes.n_layer) if i in on_gpu),
+            f"{sizes.kv * sizes.n_layer // sizes.n_ctx / 1024:.0f} KiB each",
+        ),
+        Item(
+            "compute",
+            int(used * sizes.compute),
+            sizes.compute if chosen else 0,
+            f"{output_rows} logits rows",
+        ),
+        Item("logits", 4 * vocab * output_rows),
+        Item("adapter", adapter),
+        Item("features", features),
+        Item("GPU margin", 0, GPU_MARGIN if chosen else 0),
+    )
+    return Plan(items, chosen, count, free_vram, weights_ram if mapped else 0)
+
+
+class _Sizes:
+    """Bytes of each layer; the output counts as layer `n_layer`, as llama.cpp has it."""
+
+    def __init__(self, gguf: Gguf, n_ctx: int, kv_bytes: int, n_outputs: int) -> None:
+        self.n_ctx, self.n_layer = n_ctx, gguf.n_layer
+        self.weights = [0] * (self.n_layer + 1)
+        self.embedding = gguf.tensors["token_embd.weight"].size
+        self.tied = "output.weight" not in gguf.tensors
+        for name, info in gguf.tensors.items():
+            if match := _LAYER.match(name):
+                self.weights[min(int(match[1]), self.n_layer)] += info.size
+            elif name.startswith("output"):
+                self.weights[self.n_layer] += info.size
+        if self.tied:
+            self.weights[self.n_layer] += self.embedding
+        key, value = gguf.head_dim
+        self.kv = n_ctx * gguf.n_head_kv * (key + value) * kv_bytes
+        self.compute = _compute(gguf, n_ctx, n_outputs)
+
+    def layers(self, n_gpu_layers: int) -> range:
+        """The layers that llama.cpp puts on the GPU: the last ones."""
+        return range(self.n_layer + 1 - n_gpu_layers, self.n_layer + 1)
+
+    def vram(self, n_gpu_layers: int) -> int:
+        layers = self.layers(n_gpu_layers)
+        kv = self.kv * sum(i < self.n_layer for i in layers)
+        return sum(self.weights[i] for i in layers) + kv + self.compute + GPU_MARGIN
+
+
+def _compute(gguf: Gguf, n_ctx: int, n_outputs: int) -> int:
+    """llama.cpp's scratch buffer for a full micro-batch.
+
+    A model of its allocator's peak, in floats for each position: either the FFN's two halves and
+    seven rows of width D, or (gate and up in one matrix) three halves and three rows; plus the
+    attention mask. Compared with what llama.cpp reserves in tests/test_placement.py.
+    """
+    n_tokens = min(n_ctx, _UBATCH)
+    width = gguf.n_embd
+    halves = gguf.integer("{arch}.feed_forward_length", 4 * width)
+    if gguf.arch == "qwen":  # counts both halves
+        halves //= 2
+    fused = "blk.0.ffn_gate.weight" not in gguf.tensors
+    row = 3 * halves + 3 * width if fused else 2 * halves + 7 * width
+    return 4 * max(n_tokens * (row + n_ctx // 2), n_outputs * gguf.n_vocab)
+
+
+# What is there
+
+
+@dataclass(frozen=True)
+class Measured:
+    """This process's memory in bytes."""
+
+    peak_rss: int
+    rss: int
+    anonymous: int
+    mapped: int
+
+
+def measured() -> Measured:
+    """Resident memory as the kernel counts it; zeros where /proc is missing."""
+    found = {"VmHWM": 0, "VmRSS": 0, "RssAnon": 0, "RssFile": 0}
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            name, _, value = line.partition(":")
+            if name in found:
+                found[name] = int(value.split()[0]) * 1024
+    except OSError:
+        pass
+    return Measured(found["VmHWM"], found["VmRSS"], found["RssAnon"], found["RssFile"])
+
+
+def _rss() -> int:
+    return measured().rss
+
+
+def _available() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
+
+
+def free_vram() -> int:
+    """Free bytes on all GPUs that llama.cpp can use; 0 without one. Loads llama.cpp."""
+    from mse_runtime.backbone.library import devices
+
+    return sum(device.free for device in devices() if device.kind in ("gpu", "igpu"))
+
+
+def gpu_problem() -> str | None:
+    """Why no GPU can be used, and what to do about it; None where one can."""
+    from mse_runtime.backbone.library import devices
+    from mse_runtime.nvml import NvmlError, read
+
+    if any(device.kind in ("gpu", "igpu") for device in devices()):
+        return None
+    try:
+        _, found = read()
+    except NvmlError as error:
+        return f"There is no GPU that could be used: {error}"
+    if not found:
+        return "There is no GPU that could be used: the driver sees none."
+    return (
+        f"llama.cpp was built without GPU support, so it cannot use the {found[0].name}. Rebuild "
+        "it: CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-cache-dir "
+        "--no-binary llama-cpp-python llama-cpp-python"
+    )
+
+
+def check_gpu(planned: Plan, info: dict[str, Any] | None = None) -> None:
+    """Raise DeviceError, with the reason, where no layer would run (or, given a loaded
+    backbone's `info`, none runs) on a GPU.
+    """
+    if problem := gpu_problem():
+        raise DeviceError(f"A GPU is required and cannot be used. {problem}")
+    if not planned.n_gpu_layers:
+        raise DeviceError(
+            f"A GPU is required, but no layer fits: {planned.free_vram // MB} MB of its memory are "
+            "free. Close other programs that use it, or take a smaller model."
+        )
+    if info is not None and not info.get("offloaded_layers"):
+        raise DeviceError(
+            "A GPU is required, but llama.cpp put no layer there: "
+            f"{'; '.join(_texts(info.get('warnings'))) or 'it gave no reason'}. Run mse-doctor."
+        )
+
+
+def _texts(values: Any) -> Sequence[str]:
+    return [str(value) for value in values] if isinstance(values, list | tuple) else []
+
+
+def _mb(size: int) -> str:
+    return f"{size / MB:.0f}" if size else ""
