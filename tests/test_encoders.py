@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mse_runtime.bundle import Bundle, EncoderInfo, load_bundle
 from mse_runtime.errors import BundleError, UsageError
-from mse_runtime.features.encoder_config import spec_of
+from mse_runtime.features.encoder_config import spec_for, spec_of
 from mse_runtime.features.encoders import open_audio_encoder, open_image_encoder
 
 pytest.importorskip("onnxruntime")
@@ -193,6 +193,16 @@ def test_wrong_checkpoint_is_refused(tiny: Bundle, folder: Path) -> None:
         open_audio_encoder(holding(tiny, folder, liar), liar.id)
     with pytest.raises(BundleError, match="no encoder"):
         open_audio_encoder(holding(tiny, folder, good), "hf-audio:abcdef")
+    with pytest.raises(BundleError, match="no encoder"):
+        spec_for("hf-image:abcdef", holding(tiny, folder, good))
+
+
+def test_spec_for_knows_shipped_and_bundled(tiny: Bundle, folder: Path) -> None:
+    info = entry(folder, "audio.onnx", dim=DIM)
+    assert spec_for(info.id, holding(tiny, folder, info)).dim == DIM
+    assert spec_for("face167/1", tiny).dim == spec_for("face167/1", None).dim == 167
+    with pytest.raises(BundleError):
+        spec_for(info.id, None)
 
 
 @pytest.mark.parametrize(

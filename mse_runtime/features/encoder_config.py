@@ -30,12 +30,12 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from mse_runtime.errors import BundleError
-from mse_runtime.features.spec import FeatureSpec, encoder_spec
+from mse_runtime.features.spec import FeatureSpec, encoder_spec, get_spec, is_encoder_id
 
 if TYPE_CHECKING:
-    from mse_runtime.bundle import EncoderInfo
+    from mse_runtime.bundle import Bundle, EncoderInfo
 
-__all__ = ["AudioConfig", "ImageConfig", "parse_config", "spec_of"]
+__all__ = ["AudioConfig", "ImageConfig", "entry_of", "parse_config", "spec_for", "spec_of"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,23 @@ class ImageConfig:
 
 
 Config = TypeVar("Config", AudioConfig, ImageConfig)
+
+
+def spec_for(spec_id: str, bundle: Bundle | None) -> FeatureSpec:
+    """The spec `spec_id`: a shipped one, or an encoder's of `bundle`; BundleError otherwise."""
+    if bundle is None or not is_encoder_id(spec_id):
+        return get_spec(spec_id)
+    return spec_of(entry_of(bundle, spec_id))
+
+
+def entry_of(bundle: Bundle, spec_id: str) -> EncoderInfo:
+    """The bundle's entry for `spec_id`; BundleError where it has none."""
+    for info in bundle.encoders:
+        if info.id == spec_id:
+            return info
+    raise BundleError(
+        f"the bundle {bundle.name} has no encoder {spec_id}: export it again with the encoder."
+    )
 
 
 def spec_of(info: EncoderInfo) -> FeatureSpec:

@@ -16,7 +16,13 @@ from numpy.typing import NDArray
 
 from mse_runtime import background
 from mse_runtime.errors import BundleError, UsageError
-from mse_runtime.features.encoder_config import AudioConfig, ImageConfig, parse_config, spec_of
+from mse_runtime.features.encoder_config import (
+    AudioConfig,
+    ImageConfig,
+    entry_of,
+    parse_config,
+    spec_of,
+)
 from mse_runtime.features.face import FaceResult, result_of
 from mse_runtime.features.geometry import Floats, Picture, Region
 from mse_runtime.features.mesh import ROI_SCALE, FaceModels
@@ -25,7 +31,7 @@ from mse_runtime.features.spec import FeatureSpec, FeatureTrack
 from mse_runtime.features.tracks import FaceTracker, Seen
 
 if TYPE_CHECKING:
-    from mse_runtime.bundle import Bundle, EncoderInfo
+    from mse_runtime.bundle import Bundle
 
 __all__ = ["AudioEncoder", "ImageEncoder", "open_audio_encoder", "open_image_encoder"]
 
@@ -170,7 +176,7 @@ class ImageEncoder:
 
 def open_audio_encoder(bundle: Bundle, spec_id: str, *, threads: int = 1) -> AudioEncoder:
     """The speech encoder `spec_id` ("hf-audio:<sha>") of a bundle; BundleError without it."""
-    info = _entry(bundle, spec_id)
+    info = entry_of(bundle, spec_id)
     config = parse_config(AudioConfig, info)
     return AudioEncoder(_load(bundle.encoder_path(spec_id), threads), spec_of(info), config)
 
@@ -179,7 +185,7 @@ def open_image_encoder(
     bundle: Bundle, spec_id: str, *, threads: int = 1, keep_mesh: bool = False
 ) -> ImageEncoder:
     """The image encoder `spec_id` ("hf-image:<sha>") of a bundle; BundleError without it."""
-    info = _entry(bundle, spec_id)
+    info = entry_of(bundle, spec_id)
     config = parse_config(ImageConfig, info)
     session = _load(bundle.encoder_path(spec_id), threads)
     return ImageEncoder(session, spec_of(info), config, threads=threads, keep_mesh=keep_mesh)
@@ -188,12 +194,3 @@ def open_image_encoder(
 def _load(path: Path, threads: int) -> Future[Session]:
     """The network, loading beside the caller; what goes wrong is raised at its first use."""
     return background.start(lambda: Session(path, threads=threads), "mse-encoder-load")
-
-
-def _entry(bundle: Bundle, spec_id: str) -> EncoderInfo:
-    for info in bundle.encoders:
-        if info.id == spec_id:
-            return info
-    raise BundleError(
-        f"the bundle {bundle.name} has no encoder {spec_id}: export it again with the encoder."
-    )
