@@ -142,19 +142,14 @@ class KernelAdapter(_Checked):
     ) -> None:
         """Raises `DeviceError` where the kernel cannot run here."""
         super().__init__(name, info)
-        reason = kernel_reasons().get(name, "it is not part of this installation")
-        if reason is not None:
-            raise DeviceError(
-                f"The adapter backend {name} cannot be used here: {reason}. Use --adapter onnx, or "
-                "see mse-doctor for what is missing."
-            )
-        import mse_kernels
-
         try:
+            import mse_kernels
+
             self._kernel: Any = mse_kernels.open(name.removeprefix("kernels-"), weights, threads)
-        except (mse_kernels.KernelError, OSError, RuntimeError) as error:
+        except (ImportError, AttributeError, OSError, RuntimeError, ValueError) as error:
             raise DeviceError(
-                f"The adapter backend {name} does not start: {error}. Use --adapter onnx."
+                f"The adapter backend {name} cannot be used here: {error}. Use --adapter onnx; "
+                "mse-doctor shows what is missing."
             ) from error
 
     def _run(self, inputs: Inputs) -> Rows:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mse_runtime import cache
-from mse_runtime.adapter import Adapter, Inputs, Provider, kernel_reasons, open_backend
+from mse_runtime.adapter import Adapter, Inputs, Provider, open_backend
 from mse_runtime.bundle import Bundle
 from mse_runtime.errors import DeviceError, MSEError
 
@@ -36,85 +36,77 @@ TOLERANCE = 1e-4  # of the largest value, between backends
 def open_best(bundle: Bundle, threads: int, provider: Provider) -> Adapter:
     """The backend that `auto` stands for, opened; its `choice` gives the reason."""
     rival = "kernels-cuda" if provider == "cuda" else "kernels-cpu"
-    reason = kernel_reasons().get(rival, "not installed")
+    key = _key(bundle, threads, provider)
+    known = cache.read_json(FILE).get(key)
+    fact: dict[str, Any] = known if isinstance(known, dict) else {}
+    if fact.get("backend") == rival:
+        try:
+            return _chosen(open_backend(bundle, rival, threads, provider), str(fact.get("why")))
+        except DeviceError as error:
+            fact = {"why": f"{rival} was faster here, but does not start now ({error})"}
     try:
         standard = open_backend(bundle, "onnx", threads, provider)
     except DeviceError as error:
-        return _without_onnx(bundle, threads, provider, None if reason else rival, error)
-    if reason is not None:
-        return _chosen(standard, f"{rival} cannot be used here ({reason})")
-    key = _key(bundle, threads, provider)
-    facts = cache.read_json(FILE)
-    known = facts.get(key)
-    if isinstance(known, dict):
-        return _remembered(bundle, threads, provider, standard, rival, known)
+        return _without_onnx(bundle, threads, provider, rival, error)
+    if not fact:
+        return _measured(bundle, threads, provider, standard, rival, key)
+    return _chosen(standard, _told(fact, rival))
+
+
+def _without_onnx(
+    bundle: Bundle, threads: int, provider: Provider, rival: str, error: DeviceError
+) -> Adapter:
+    """ONNX Runtime cannot be used: the kernel, or on the CPU the plain reference."""
+    why = f"no ONNX Runtime ({error})"
+    try:
+        return _chosen(open_backend(bundle, rival, threads, provider), why)
+    except DeviceError:
+        if provider == "cuda":
+            raise error from None
+    return _chosen(open_backend(bundle, "numpy", threads, provider), why)
+
+
+def _told(fact: dict[str, Any], rival: str) -> str:
+    """Why ONNX Runtime, from what is remembered."""
+    if "trying" not in fact:
+        return str(fact.get("why"))
+    if _alive(fact.get("pid")):
+        return f"another process is measuring {rival} just now"
+    return (
+        f"a former run ended while it tried {rival} (to try again, delete "
+        f"{cache.cache_dir() / FILE})"
+    )
+
+
+def _measured(
+    bundle: Bundle, threads: int, provider: Provider, standard: Adapter, rival: str, key: str
+) -> Adapter:
+    """Measure `rival` beside `standard`, remember the result and give the winner."""
     if not _remember(key, {"trying": rival, "pid": os.getpid()}):
         return _chosen(standard, "the cache folder cannot be written, so nothing is measured")
     fact: dict[str, Any] | None = None
     try:
-        fact = _compare(bundle, threads, provider, standard, rival)
+        other = open_backend(bundle, rival, threads, provider)
+        fact = _compare(standard, other, _sample(bundle))
+    except MSEError as error:  # not remembered: what is missing may be installed later
+        return _chosen(standard, str(error))
     finally:
         _remember(key, fact)
-    return _remembered(bundle, threads, provider, standard, rival, fact)
+    winner, loser = (other, standard) if fact["backend"] == rival else (standard, other)
+    loser.close()
+    return _chosen(winner, str(fact["why"]))
 
 
-def _without_onnx(
-    bundle: Bundle, threads: int, provider: Provider, rival: str | None, error: DeviceError
-) -> Adapter:
-    """ONNX Runtime cannot be used: the kernel, or on the CPU the plain reference."""
-    if rival:
-        return _chosen(open_backend(bundle, rival, threads, provider), f"no ONNX Runtime: {error}")
-    if provider == "cuda":
-        raise error
-    return _chosen(open_backend(bundle, "numpy", threads, provider), f"no ONNX Runtime: {error}")
-
-
-def _remembered(
-    bundle: Bundle,
-    threads: int,
-    provider: Provider,
-    standard: Adapter,
-    rival: str,
-    fact: dict[str, Any],
-) -> Adapter:
-    if "trying" in fact:
-        if _alive(fact.get("pid")):
-            return _chosen(standard, f"another process is measuring {rival} just now")
-        return _chosen(
-            standard,
-            f"a former run ended while it tried {rival} (to try again, delete "
-            f"{cache.cache_dir() / FILE})",
-        )
-    why = str(fact.get("why", "remembered"))
-    if fact.get("backend") != rival:
-        return _chosen(standard, why)
-    try:
-        return _chosen(open_backend(bundle, rival, threads, provider), why)
-    except MSEError as error:
-        return _chosen(standard, f"{rival} was faster here, but does not start now: {error}")
-
-
-def _compare(
-    bundle: Bundle, threads: int, provider: Provider, standard: Adapter, rival: str
-) -> dict[str, Any]:
-    try:
-        other = open_backend(bundle, rival, threads, provider)
-    except MSEError as error:
-        return {"backend": standard.name, "why": f"{rival} does not start: {error}"}
-    try:
-        inputs = _sample(bundle)
-        reference, found = standard(*inputs), other(*inputs)
-        difference = float(np.abs(found - reference).max() / max(np.abs(reference).max(), 1e-30))
-        if not difference <= TOLERANCE:
-            why = f"{rival} differs from onnx by {difference:.1e} of the largest value"
-            return {"backend": standard.name, "why": why}
-        slow, fast = _time(standard, other, inputs)
-    finally:
-        other.close()
-    winner = rival if fast < WORTH_IT * slow else standard.name
+def _compare(standard: Adapter, other: Adapter, inputs: Inputs) -> dict[str, Any]:
+    reference, found = standard(*inputs), other(*inputs)
+    difference = float(np.abs(found - reference).max() / max(np.abs(reference).max(), 1e-30))
+    if not difference <= TOLERANCE:
+        why = f"{other.name} differs from onnx by {difference:.1e} of the largest value"
+        return {"backend": standard.name, "why": why}
+    slow, fast = _time(standard, other, inputs)
     return {
-        "backend": winner,
-        "why": f"measured on this machine, best call: {rival} {fast * 1e3:.2f} ms, "
+        "backend": other.name if fast < WORTH_IT * slow else standard.name,
+        "why": f"measured on this machine, best call: {other.name} {fast * 1e3:.2f} ms, "
         f"{standard.name} {slow * 1e3:.2f} ms",
     }
 

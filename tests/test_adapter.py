@@ -391,7 +391,6 @@ def rival(
             return kind(b) if name == "kernels-cpu" else real(b, name, threads, provider)
 
         monkeypatch.setattr(adapter_auto, "open_backend", open_backend)
-        monkeypatch.setattr(adapter_auto, "kernel_reasons", lambda: {"kernels-cpu": None})
         return kind
 
     return make
@@ -408,10 +407,10 @@ def test_auto_takes_the_faster_one_and_remembers(
     opened = open_adapter(bundle, "auto")
     assert opened.name == "kernels-cpu"
     assert "measured on this machine" in opened.choice
-    assert kind.opened == 2
     again = open_adapter(bundle, "auto")
     assert again.choice == opened.choice
-    assert kind.opened == 3
+    assert kind.opened == 2
+    assert len(facts()) == 1
 
 
 def test_auto_keeps_onnx_where_the_kernel_is_slower(
@@ -480,7 +479,6 @@ def test_auto_survives_a_kernel_that_kills_the_process(
         "    if name == 'kernels-cpu': os.kill(os.getpid(), signal.SIGILL)\n"
         "    return real(b, name, threads, provider)\n"
         "adapter_auto.open_backend = die\n"
-        "adapter_auto.kernel_reasons = lambda: {'kernels-cpu': None}\n"
         f"adapter.open_adapter(load_bundle({str(folder)!r}), 'auto')\n"
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
@@ -501,6 +499,29 @@ def test_auto_leaves_a_measurement_of_another_process_alone(
     opened = open_adapter(bundle, "auto")
     assert opened.name == "onnx"
     assert "another process" in opened.choice
+
+
+def test_auto_with_a_winner_that_no_longer_starts(
+    rival: Callable[..., type[Rival]], bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rival()
+    assert open_adapter(bundle, "auto").name == "kernels-cpu"
+    monkeypatch.setattr(adapter_auto, "open_backend", adapter.open_backend)
+    monkeypatch.setitem(sys.modules, "mse_kernels", None)
+    opened = open_adapter(bundle, "auto")
+    assert opened.name == "onnx"
+    assert "does not start now" in opened.choice
+
+
+def test_auto_does_not_remember_what_is_missing(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MSE_CACHE", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "mse_kernels", None)
+    opened = open_adapter(bundle, "auto")
+    assert opened.name == "onnx"
+    assert "mse-doctor" in opened.choice
+    assert facts() == []
 
 
 def test_auto_forgets_an_interrupted_measurement(

@@ -52,8 +52,14 @@ def checks(found: dict[str, Any], status: str) -> dict[str, dict[str, Any]]:
     return {check["name"]: check for check in found["checks"] if check["status"] == status}
 
 
-def test_everything_here() -> None:
-    child = doctor()
+@pytest.fixture(scope="module")
+def whole() -> subprocess.CompletedProcess[str]:
+    """`mse-doctor --json` with nothing hidden."""
+    return doctor()
+
+
+def test_everything_here(whole: subprocess.CompletedProcess[str]) -> None:
+    child = whole
     found = report(child)
     assert child.returncode == (0 if found["ok"] else 5)
     ok = checks(found, "ok")
@@ -86,14 +92,13 @@ def test_a_missing_library_is_named_with_its_command(module: str, name: str, fix
     assert fix in missing[name]["fix"]
 
 
-@pytest.mark.parametrize("module", ["matplotlib", "opensmile", "mse_kernels", "jsonschema"])
-def test_an_optional_library_is_not_needed(module: str) -> None:
-    whole, without = report(doctor()), report(doctor([module]))
-    assert set(checks(without, "error")) == set(checks(whole, "error"))
-    if module in ("matplotlib", "opensmile"):
-        assert "pip install" in checks(without, "info")[module]["fix"]
-    if module == "mse_kernels":
-        assert "cannot run" in checks(without, "info")["kernels-cpu"]["detail"]
+def test_optional_libraries_are_not_needed(whole: subprocess.CompletedProcess[str]) -> None:
+    without = report(doctor(["matplotlib", "opensmile", "mse_kernels", "jsonschema"]))
+    assert set(checks(without, "error")) == set(checks(report(whole), "error"))
+    gaps = checks(without, "info")
+    for module in ("matplotlib", "opensmile"):
+        assert "pip install" in gaps[module]["fix"]
+    assert "cannot run" in gaps["kernels-cpu"]["detail"]
 
 
 def test_everything_missing_at_once() -> None:
