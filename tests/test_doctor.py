@@ -53,9 +53,9 @@ def checks(found: dict[str, Any], status: str) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def whole() -> subprocess.CompletedProcess[str]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
     """`mse-doctor --json` with nothing hidden."""
-    return doctor()
+    return doctor(MSE_CACHE=str(tmp_path_factory.mktemp("cache")))
 
 
 def test_everything_here(whole: subprocess.CompletedProcess[str]) -> None:
