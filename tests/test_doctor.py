@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -211,3 +212,47 @@ def test_no_driver_is_said_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
     (finding,) = doctor_checks.gpu()
     assert finding.status == "info"
     assert "no NVIDIA driver" in finding.detail
+
+
+DRIVER = """
+#include <string.h>
+typedef struct { unsigned long long total, free, used; } memory;
+int nvmlInit_v2(void) { return FAIL; }
+int nvmlShutdown(void) { return 0; }
+int nvmlSystemGetDriverVersion(char *text, unsigned n) { strncpy(text, "570.1", n); return 0; }
+int nvmlDeviceGetCount_v2(unsigned *n) { *n = 2; return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned i, void **h) { *h = (void *)(0x700000000000 + i); return 0; }
+int nvmlDeviceGetName(void *h, char *text, unsigned n) {
+    strncpy(text, h == (void *)0x700000000001 ? "Second" : "First", n); return 0;
+}
+int nvmlDeviceGetMemoryInfo(void *h, memory *m) {
+    m->total = 24ull << 30; m->free = 6ull << 30; m->used = 18ull << 30; return 0;
+}
+"""
+
+
+@pytest.mark.parametrize("failure", [0, 9])
+def test_a_driver_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: int) -> None:
+    """A library with the driver's functions, compiled here: the calls and structures fit."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    (tmp_path / "driver.c").write_text(DRIVER)
+    library = tmp_path / "libdriver.so"
+    flags = ["-shared", "-fPIC", f"-DFAIL={failure}", "-o", str(library)]
+    subprocess.run([compiler, *flags, str(tmp_path / "driver.c")], check=True)
+    monkeypatch.setattr(nvml, "LIBRARY", str(library))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    findings = list(doctor_checks.gpu())
+    if failure:
+        assert [finding.status for finding in findings] == ["info"]
+        assert "NVML error 9" in findings[0].detail
+        return
+    driver, devices = nvml.read()
+    assert driver == "570.1"
+    assert [(d.name, d.total, d.free) for d in devices] == [
+        ("First", 24 << 30, 6 << 30), ("Second", 24 << 30, 6 << 30),
+    ]  # fmt: skip
+    assert "6.0 of 24.0 GiB free" in findings[0].detail
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert nvml.read()[1] == []
