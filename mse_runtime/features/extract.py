@@ -7,21 +7,22 @@ face. Each is sequential in itself, so results don't depend on how many of them 
 from __future__ import annotations
 
 import os
-import queue
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from concurrent.futures import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mse_runtime import background
 from mse_runtime.errors import UsageError
-from mse_runtime.features.spec import Features, FeatureTrack, get_spec
+from mse_runtime.features.spec import Features, FeatureTrack, get_spec, is_encoder_id
+from mse_runtime.features.stages import Watch, ahead
 
 if TYPE_CHECKING:
+    from mse_runtime.bundle import Bundle
+    from mse_runtime.features.encoders import AudioEncoder, ImageEncoder
     from mse_runtime.features.face import FaceExtractor, FaceResult
     from mse_runtime.features.npz import load_npz, save_npz
     from mse_runtime.media import ClipInfo, Sample, Window
@@ -59,6 +60,7 @@ def extract(
     threads: int | None = None,
     trace: Trace | None = None,
     keep_frames: int = 0,
+    bundle: Bundle | None = None,
 ) -> Features:
     """Features of a clip.
 
@@ -73,6 +75,7 @@ def extract(
         trace: called with a stage's name ("probe", "decode", "audio", "face") and its seconds.
         keep_frames: this many frames, evenly spread, are kept in `info["frames"]` as dicts
             {time, image uint8 [H, W, 3], mesh or None}.
+        bundle: where encoders ("hf-audio:<sha>", "hf-image:<sha>") come from.
 
     Returns:
         Features; a modality the clip doesn't have is None and said in `warnings`.
@@ -83,8 +86,8 @@ def extract(
     """
     _check(audio_spec, "audio")
     _check(face_spec, "face")
-    watch = _Watch()
-    face = _Face(face_spec, fps, keep_frames)
+    watch = Watch()
+    face = _Face(face_spec, fps, keep_frames, bundle)
     if Path(path).suffix.lower() not in _SOUND_ONLY:
         # The networks load in a thread of their own while FFmpeg loads here.
         face.load()
@@ -94,10 +97,14 @@ def extract(
         clip = media.probe(path)
         window, said = media.plan_window(clip, start, end, max_seconds)
     cores = _cores() if threads is None else max(1, threads)
-    sound = _Sound(audio_spec)
+    sound = _Sound(audio_spec, bundle)
     if cores > 1:
-        with _Beside(lambda: sound.run(clip, window, watch)):
+        heard = background.start(lambda: sound.run(clip, window, watch), "mse-sound")
+        try:
             face.run(clip, window, watch, cores)
+        finally:
+            wait([heard])
+        heard.result()
     else:
         sound.run(clip, window, watch)
         face.run(clip, window, watch, cores)
@@ -130,13 +137,18 @@ def extract(
 class _Sound:
     """The voice: one window's sound and its descriptors."""
 
-    def __init__(self, spec_id: str | None) -> None:
+    def __init__(self, spec_id: str | None, bundle: Bundle | None) -> None:
         self.spec_id = spec_id
+        self._encoder: AudioEncoder | None = None
+        if spec_id is not None and is_encoder_id(spec_id):
+            from mse_runtime.features.encoders import open_audio_encoder
+
+            self._encoder = open_audio_encoder(_needed(bundle, spec_id), spec_id)
         self.track: FeatureTrack | None = None
         self.warnings: list[str] = []
         self.end = 0.0
 
-    def run(self, clip: ClipInfo, window: Window, watch: _Watch) -> None:
+    def run(self, clip: ClipInfo, window: Window, watch: Watch) -> None:
         if self.spec_id is None or clip.audio is None:
             return
         from mse_runtime.media import SoundReader
@@ -150,7 +162,10 @@ class _Sound:
                 self.warnings.append("no sound in this part of the clip: the voice is masked")
                 return
             self.end = wave.end
-            self.track = describe_sound(wave.samples, wave.start, self.spec_id)
+            if self._encoder is not None:
+                self.track = self._encoder(wave.samples, wave.start)
+            else:
+                self.track = describe_sound(wave.samples, wave.start, self.spec_id)
         if not len(self.track):
             self.track = None
             self.warnings.append("the sound is shorter than 20 ms: the voice is masked")
@@ -159,37 +174,53 @@ class _Sound:
 class _Face:
     """The face: frames decoded ahead in one thread, followed in the caller's."""
 
-    def __init__(self, spec_id: str | None, fps: float | None, keep: int) -> None:
-        self.fps = fps if fps is not None or spec_id is None else get_spec(spec_id).rate
+    def __init__(
+        self, spec_id: str | None, fps: float | None, keep: int, bundle: Bundle | None
+    ) -> None:
+        self.fps = fps
         self.track: FeatureTrack | None = None
         self.warnings: list[str] = []
         self.end = 0.0
         self.stats: dict[str, Any] = {}
         self.info: dict[str, Any] = {}
         self._spec_id = spec_id
+        self._bundle = bundle
         self._kept = _Keeper(keep)
-        self._extractor: FaceExtractor | None = None
+        self._extractor: FaceExtractor | ImageEncoder | None = None
         self._result: FaceResult | None = None
 
-    def load(self) -> None:
-        if self._spec_id is not None and self._extractor is None:
+    def load(self) -> FaceExtractor | ImageEncoder | None:
+        """The extractor; its networks load in a thread of their own from here on."""
+        if self._spec_id is None or self._extractor is not None:
+            return self._extractor
+        keep = self._kept.wanted > 0
+        if is_encoder_id(self._spec_id):
+            from mse_runtime.features.encoders import open_image_encoder
+
+            encoder = open_image_encoder(
+                _needed(self._bundle, self._spec_id), self._spec_id, keep_mesh=keep
+            )
+            self._extractor, rate = encoder, encoder.spec.rate
+        else:
             from mse_runtime.features.face import FaceExtractor
 
-            self._extractor = FaceExtractor(self._spec_id, keep_mesh=self._kept.wanted > 0)
+            self._extractor = FaceExtractor(self._spec_id, keep_mesh=keep)
+            rate = get_spec(self._spec_id).rate
+        self.fps = self.fps or rate
+        return self._extractor
 
-    def run(self, clip: ClipInfo, window: Window, watch: _Watch, cores: int) -> None:
-        if self._spec_id is None or self.fps is None or clip.video is None:
+    def run(self, clip: ClipInfo, window: Window, watch: Watch, cores: int) -> None:
+        extractor = self.load() if clip.video is not None else None
+        if extractor is None or self.fps is None:
             return
         from mse_runtime.media import FrameReader
 
-        self.load()
-        assert self._extractor is not None
         reader = FrameReader(clip, window, self.fps, threads=cores)
         samples = watch.each("decode", reader)
         count = 0
-        for sample in _ahead(samples) if cores > 1 else samples:
+        for sample in ahead(samples, _AHEAD) if cores > 1 else samples:
             with watch("face"):
-                self._extractor.add(sample.image, sample.time)
+                extractor.add(sample.image, sample.time)
             self._kept.offer(count, sample)
             count += 1
         self.warnings += reader.warnings
@@ -199,7 +230,7 @@ class _Face:
             self.warnings.append("no picture in this part of the clip: the face is masked")
             return
         with watch("face"):
-            self._result = self._extractor.finish()
+            self._result = extractor.finish()
         self.track, self.info = self._result.track, self._result.info
         self.warnings += self._result.warnings
 
@@ -246,95 +277,27 @@ def describe_sound(samples: NDArray[np.int16], start: float, spec_id: str) -> Fe
     return lld13(samples, start)
 
 
-class _Watch:
-    """Seconds spent in each stage; stages overlap, so they don't add up to the whole."""
-
-    def __init__(self) -> None:
-        self.spent: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.spent[stage] = self.spent.get(stage, 0.0) + time.perf_counter() - begin
-
-    def each(self, stage: str, items: Iterable[Sample]) -> Iterator[Sample]:
-        source = iter(items)
-        while True:
-            with self(stage):
-                item = next(source, None)
-            if item is None:
-                return
-            yield item
-
-
-class _Beside:
-    """Runs a job in a thread while a `with` block runs; its error is raised at the end."""
-
-    def __init__(self, job: Callable[[], None]) -> None:
-        self._job = job
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="mse-sound", daemon=True)
-
-    def _run(self) -> None:
-        try:
-            self._job()
-        except BaseException as error:
-            self._error = error
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._thread.join()
-        if kind is None and self._error is not None:
-            raise self._error
-
-
-def _ahead(source: Iterator[Sample]) -> Iterator[Sample]:
-    """The same items, prepared by a thread a few ahead of their use."""
-    ready: queue.Queue[Sample | BaseException | None] = queue.Queue(_AHEAD)
-    stop = threading.Event()
-
-    def fill() -> None:
-        last: BaseException | None = None
-        try:
-            for item in source:
-                if stop.is_set():
-                    return
-                ready.put(item)
-        except BaseException as error:
-            last = error
-        ready.put(last)
-
-    worker = threading.Thread(target=fill, name="mse-decode", daemon=True)
-    worker.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stop.set()
-        # Whoever leaves early must not leave the worker waiting for room.
-        while worker.is_alive():
-            with suppress(queue.Empty):
-                ready.get(timeout=0.01)
-
-
 def _check(spec_id: str | None, modality: str) -> None:
     if spec_id is None:
         return
-    spec = get_spec(spec_id)
-    if spec.modality != modality:
-        raise UsageError(f"{spec_id} describes the {spec.modality}, not the {modality}.")
-    if not spec.extractable:
+    if is_encoder_id(spec_id):
+        kind, extractable = ("audio" if spec_id.startswith("hf-audio:") else "face"), True
+    else:
+        spec = get_spec(spec_id)
+        kind, extractable = spec.modality, spec.extractable
+    if kind != modality:
+        raise UsageError(f"{spec_id} describes the {kind}, not the {modality}.")
+    if not extractable:
         raise UsageError(
-            f"{spec_id} cannot be computed from a clip: {spec.description}. "
+            f"{spec_id} cannot be computed from a clip: {get_spec(spec_id).description}. "
             "Give the data set's own features with --features FILE.npz."
         )
+
+
+def _needed(bundle: Bundle | None, spec_id: str) -> Bundle:
+    if bundle is None:
+        raise UsageError(f"{spec_id} is an encoder in a bundle: give that bundle too.")
+    return bundle
 
 
 def _masked(clip: ClipInfo, audio_spec: str | None, face_spec: str | None) -> list[str]:
