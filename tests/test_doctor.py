@@ -221,7 +221,9 @@ int nvmlInit_v2(void) { return FAIL; }
 int nvmlShutdown(void) { return 0; }
 int nvmlSystemGetDriverVersion(char *text, unsigned n) { strncpy(text, "570.1", n); return 0; }
 int nvmlDeviceGetCount_v2(unsigned *n) { *n = 2; return 0; }
-int nvmlDeviceGetHandleByIndex_v2(unsigned i, void **h) { *h = (void *)(0x700000000000 + i); return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned i, void **h) {
+    *h = (void *)(0x700000000000 + i); return 0;
+}
 int nvmlDeviceGetName(void *h, char *text, unsigned n) {
     strncpy(text, h == (void *)0x700000000001 ? "Second" : "First", n); return 0;
 }
