@@ -194,6 +194,21 @@ def test_the_fitted_temperature_is_stored_and_used(run: Run, data: Path, own_bun
     assert list(warm.values()) == pytest.approx(list(expected), abs=1e-6)
 
 
+def test_clips_are_evaluated_as_they_are(run: Run, tmp_path: Path) -> None:
+    clip = ROOT / "examples" / "happy.mp4"
+    if not clip.exists():
+        pytest.skip("no example clip")
+    (tmp_path / "broken.mp4").write_bytes(b"no film")
+    path = tmp_path / "clips.csv"
+    path.write_text(
+        f"clip,text,label,split\n{clip},I am happy,joy,test\nbroken.mp4,I am sad,sadness,test\n"
+    )
+    code, out, err = mse_eval(*run, "--data", path, "--json")
+    assert code == 3
+    assert json.loads(out)["runs"][0]["n"] == 1
+    assert "broken" in err
+
+
 def test_wrong_options(run: Run, data: Path, tmp_path: Path) -> None:
     code, _, err = mse_eval(*run, "--data", data, "--write")
     assert code == 2

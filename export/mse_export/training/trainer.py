@@ -33,6 +33,7 @@ from mse_runtime.readout import Readout
 __all__ = ["Outcome", "Trainer"]
 
 IMPROVEMENT = 1e-6
+VALIDATION_BATCH = 16
 Row = dict[str, Any]
 
 
@@ -134,20 +135,29 @@ class Trainer:
     def validate(self, examples: Sequence[Example]) -> dict[str, float]:
         """The published metrics of the adapter as it is, by the runtime's readout."""
         predicted: list[float] = []
-        size = max(1, min(self._micro, 16))
         order = sorted(range(len(examples)), key=lambda i: examples[i].length)
+        size = max(1, min(self._micro, VALIDATION_BATCH))
         self.adapter.eval()
-        for start in range(0, len(order), size):
+        while len(predicted) < len(order):
+            start = len(predicted)
             chosen = [examples[i] for i in order[start : start + size]]
-            batch = collate(chosen, self.store).to(self.device)
-            with self._precision():
-                scores = score_answers(self.frozen, self.adapter, batch, self.trie)
-            predicted += [self._value(row) for row in scores]
+            try:
+                predicted += self._answers(chosen)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error) or size == 1:
+                    raise
+                size = (size + 1) // 2
         truth = [examples[i].sample.label for i in order]
         if self.task.kind == "classification":
             return classification_metrics(predicted, truth)
         low, high = self.task.range or (-1.0, 1.0)
         return regression_metrics(predicted, truth, low, high)
+
+    def _answers(self, examples: Sequence[Example]) -> list[float]:
+        batch = collate(examples, self.store).to(self.device)
+        with self._precision():
+            scores = score_answers(self.frozen, self.adapter, batch, self.trie)
+        return [self._value(row) for row in scores]
 
     def _value(self, scores: np.ndarray[Any, np.dtype[np.float64]]) -> float:
         if self.task.kind == "classification":
