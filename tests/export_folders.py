@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from goldens import detgen
-from mse_export.backbones import architecture
 from numpy.typing import NDArray
+
+from mse_export.backbones import architecture
 
 CORPUS = (
     "I really love this movie and the acting is great. It was a sad and boring film, 3 out of 10. "
     "Okay. so um the plot is kind of weird but the ending made me smile a lot. Please predict the "
     "sentiment intensity of the above multimodal content in the range [-3.0, +3.0]. Assistant: "
-    "The sentiment is neutral, surprise, fear, sadness, joy, disgust, anger. -0.8 +1.2 <Multimodal> "
-    "</Multimodal> don't you'll I've she's they're 0123456789. Name the emotion of the voice. "
+    "The sentiment is neutral, surprise, fear, sadness, joy, disgust, anger. -0.8 +1.2 <Multimodal>"
+    " </Multimodal> don't you'll I've she's they're 0123456789. Name the emotion of the voice. "
 )
 SIZE = 480
 
@@ -217,7 +219,7 @@ def trained_merges(count: int) -> list[tuple[bytes, bytes]]:
     while len(merges) < count:
         pairs: dict[tuple[bytes, bytes], int] = {}
         for word, times in words.items():
-            for pair in zip(word, word[1:], strict=False):
+            for pair in itertools.pairwise(word):
                 pairs[pair] = pairs.get(pair, 0) + times
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         merges.append(best)

@@ -13,19 +13,20 @@ pytest.importorskip("torch")
 pytest.importorskip("sentencepiece")
 pytest.importorskip("llama_cpp")
 
-from export_folders import CONFIGS, make_folder, write_safetensors  # noqa: E402
-from gguf import GGUFReader  # noqa: E402
-from mse_export.backbones import architecture  # noqa: E402
-from mse_export.convert import convert, convert_and_quantize  # noqa: E402
-from mse_export.hf_folder import HfFolder  # noqa: E402
-from mse_export.quant_types import QUANTS, Shape, file_bytes, quant, tensor_types  # noqa: E402
-from mse_export.quantize import predicted_bytes, quantize  # noqa: E402
-from mse_export.reference_lm import ReferenceLM  # noqa: E402
-from mse_export.reference_tokenizer import reference_tokenizer, sample_strings  # noqa: E402
-from mse_export.synthetic import write_synthetic  # noqa: E402
-from mse_runtime.backbone import Backbone  # noqa: E402
-from mse_runtime.errors import BackboneError, UsageError  # noqa: E402
-from mse_runtime.gguf import Gguf  # noqa: E402
+from export_folders import CONFIGS, make_folder, write_safetensors
+from gguf import GGUFReader
+
+from mse_export.backbones import architecture
+from mse_export.convert import convert, convert_and_quantize
+from mse_export.hf_folder import HfFolder
+from mse_export.quant_types import QUANTS, Shape, file_bytes, quant, tensor_types
+from mse_export.quantize import predicted_bytes, quantize
+from mse_export.reference_lm import ReferenceLM
+from mse_export.reference_tokenizer import reference_tokenizer, sample_strings
+from mse_export.synthetic import write_synthetic
+from mse_runtime.backbone import Backbone
+from mse_runtime.errors import BackboneError, UsageError
+from mse_runtime.gguf import Gguf
 
 KINDS = tuple(CONFIGS)
 TYPES = "tokenizer.ggml.token_type"
@@ -130,6 +131,7 @@ def test_stored_types_survive(kind: str, stored: str, tmp_path: Path) -> None:
 
 def test_bf16_rounds_to_nearest_even() -> None:
     import torch
+
     from mse_export.convert import _to_bf16
 
     values = np.random.default_rng(0).standard_normal(10_000).astype(np.float32)
