@@ -1,4 +1,4 @@
-"""A GGUF of 1 MB that takes every fast matrix kernel llama.cpp has for quantised weights.
+"""A GGUF of 1.5 MB that takes every fast matrix kernel llama.cpp has for quantised weights.
 
 One layer each in Q4_0, Q8_0, Q4_K and Q6_K, 256 wide: wide enough for a K-quant's block, for
 repacking (8 rows) and for AMX tiles (32 rows and columns). Random weights, no vocabulary.

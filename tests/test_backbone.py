@@ -86,6 +86,21 @@ def test_rows_equal_tokens_in_every_weight_type(tmp_path: Path, dtype: str) -> N
         assert worst(by_ids, backbone.prefill(backbone.embed(ids))) == 0
 
 
+def test_an_architecture_without_a_test_is_compared_when_it_is_opened(
+    toys: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma, for one, scales the embeddings of tokens but not rows."""
+    from mse_runtime.gguf import Gguf
+
+    monkeypatch.setattr("mse_runtime.backbone.model.PROVEN", ())
+    with Backbone.open(toys["qwen2"], threads=1) as backbone:
+        assert backbone.length() == 0
+    plain = Gguf.rows
+    monkeypatch.setattr(Gguf, "rows", lambda self, ids: 8 * plain(self, ids))
+    with pytest.raises(BackboneError, match="differently from its tokens"):
+        Backbone.open(toys["qwen2"], threads=1)
+
+
 def test_seeds_and_inputs_change_the_answer(open_toy: Open, tmp_path: Path) -> None:
     first = open_toy().prefill([5, 6, 7])
     assert worst(first, open_toy().prefill([5, 6, 8])) > 0.1

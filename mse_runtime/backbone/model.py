@@ -24,6 +24,9 @@ __all__ = ["Backbone"]
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int32]
 
+PROVEN = ("llama", "qwen", "qwen2", "chatglm")
+"""Architectures whose rows and tokens the tests have compared."""
+
 
 class Backbone(Sequences):
     """A frozen GGUF language model with a KV cache of `n_seq_max` sequences.
@@ -88,10 +91,30 @@ class Backbone(Sequences):
         ).checked()  # fmt: skip
         gguf = Gguf.open(path)
         try:
-            return cls(gguf, load_model(gguf, options, progress), options)
+            backbone = cls(gguf, load_model(gguf, options, progress), options)
         except BaseException:
             gguf.close()
             raise
+        try:
+            if gguf.arch not in PROVEN:
+                backbone._check_rows()
+        except BaseException:
+            backbone.close()
+            raise
+        return backbone
+
+    def _check_rows(self) -> None:
+        """For architectures without a test here: some scale tokens but not rows."""
+        ids = np.arange(2) % self.n_vocab
+        by_ids = self.prefill(ids)
+        self.clear(0)
+        by_rows = self.prefill(self.embed(ids))
+        self.clear(0)
+        if np.abs(by_ids - by_rows).max() > 0.01 * np.abs(by_ids).max():
+            raise BackboneError(
+                f"{self.path} ({self.arch}) cannot be used here: llama.cpp treats embedding rows "
+                "of this architecture differently from its tokens. Use llama, qwen, qwen2, chatglm."
+            )
 
     def __enter__(self) -> Self:
         return self
