@@ -192,6 +192,12 @@ class Analyzer:
         ready.set_result(features)
         return self._answer(ready, check_text(text), task, parity, clip, Stopwatch())
 
+    def forget(self) -> None:
+        """Empty the KV cache, the kept part of the prompt included: a fresh start."""
+        with self._turn:
+            self._constant = np.empty(0, np.int32)
+            self._backbone.result().clear()
+
     @property
     def plan(self) -> Plan:
         """The memory plan; it is made before the weights load."""

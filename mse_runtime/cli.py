@@ -27,11 +27,12 @@ Examples:
   mse-run clip.mp4 "I really love it" --start 12.5 --end 16 --plot answer.png
   mse-run --features clip.npz "I really love it" --bundle ./my-bundle
   mse-run clip.mp4 --features-only -o clip.npz
+  mse-run --batch clips.csv -o answers.jsonl
   mse-run --plan --bundle ./llama2-7b-mosei
 
 \b
-Exit codes: 0 ok, 2 usage, 3 bad media, 4 bad bundle, 5 device or memory,
-6 backbone, 130 interrupted.
+Exit codes: 0 ok, 1 some rows of a batch failed, 2 usage, 3 bad media, 4 bad bundle,
+5 device or memory, 6 backbone, 130 interrupted.
 """
 
 
@@ -109,7 +110,29 @@ Exit codes: 0 ok, 2 usage, 3 bad media, 4 bad bundle, 5 device or memory,
     "-o",
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Where --features-only writes.",
+    help="Where --features-only (.npz) and --batch (.jsonl, .csv, .parquet) write.",
+)
+@click.option(
+    "--batch",
+    type=click.Path(path_type=Path),
+    metavar="LIST",
+    help="Answer for every row of a .csv or .jsonl (clip, text), or every clip of a folder with "
+    "its .txt; goes on where it stopped. Needs -o.",
+)
+@click.option("--workers", type=click.IntRange(1, 64), help="Feature processes of a batch.")
+@click.option(
+    "--clip-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=120.0,
+    show_default=True,
+    help="Seconds one clip of a batch may take.",
+)
+@click.option(
+    "--clip-memory",
+    type=click.IntRange(min=256),
+    default=2048,
+    show_default=True,
+    help="Address space of a feature process in MiB.",
 )
 @click.option("--offline", is_flag=True, help="Never use the network.")
 @click.option("-v", "--verbose", is_flag=True, help="Say more on stderr.")
@@ -126,6 +149,8 @@ def run(arguments: tuple[str, ...], **options: Any) -> None:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     if options["explain_features"]:
         _explain(options)
+    elif options["batch"]:
+        _batch(arguments, options)
     elif options["features_only"]:
         _features_only(arguments, options)
     elif options["plan"] and not arguments:
@@ -196,6 +221,17 @@ def _report(analyzer: Analyzer, prediction: Prediction, options: dict[str, Any])
 
         plot_prediction(analyzer.last_features, prediction.to_dict(), options["plot"])
         click.echo(f"picture: {options['plot']}", err=True)
+
+
+def _batch(arguments: tuple[str, ...], options: dict[str, Any]) -> None:
+    from mse_runtime.batch.command import run_batch
+
+    if arguments or not options["output"]:
+        raise UsageError("Give the list and where to write: mse-run --batch clips.csv -o out.jsonl")
+    with _open(options) as analyzer:
+        code = run_batch(analyzer, options["batch"], options["output"], options)
+    if code:
+        leave(code)
 
 
 def _features_only(arguments: tuple[str, ...], options: dict[str, Any]) -> None:

@@ -1,0 +1,68 @@
+"""`mse-run --batch`: the list, the journal, the workers and a progress bar put together."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mse_runtime.batch.export import convert, journal_path
+from mse_runtime.batch.journal import Journal
+from mse_runtime.batch.pool import FeaturePool
+from mse_runtime.batch.rows import read_rows
+from mse_runtime.batch.run import run
+
+if TYPE_CHECKING:
+    from mse_runtime.analyzer import Analyzer
+
+__all__ = ["run_batch"]
+
+
+def run_batch(analyzer: Analyzer, listing: Path, output: Path, options: dict[str, Any]) -> int:
+    """Run a batch with the command line's options; the exit code: 0, 1 (rows failed) or 130."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    rows = read_rows(listing)
+    console = Console(stderr=True)
+    workers = options["workers"] or max(1, min(4, len(os.sched_getaffinity(0))))
+    with (
+        Journal(journal_path(output), rows) as journal,
+        FeaturePool(workers, options["clip_timeout"], options["clip_memory"]) as pool,
+        Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TimeRemainingColumn(),
+            console=console, disable=not console.is_terminal,
+        ) as bar,
+    ):  # fmt: skip
+        if journal.done:
+            console.print(f"{len(journal.done)} of {len(rows)} rows are done already: going on.")
+        shown = bar.add_task("clips", total=len(rows), completed=len(journal.done), rate="")
+
+        def advance() -> None:
+            bar.advance(shown)
+            if speed := bar.tasks[0].speed:
+                bar.update(shown, rate=f"{speed:.2f}/s")
+
+        outcome = run(
+            analyzer, rows, journal, pool, task=options["task"], fps=options["fps"],
+            max_seconds=options["max_seconds"], progress=advance,
+        )  # fmt: skip
+    convert(output)
+    summary = (
+        f"{outcome.written + outcome.before} of {len(rows)} rows, {outcome.failed} with errors"
+    )
+    click.echo(f"{output}: {summary}", err=True)
+    if outcome.stopped:
+        click.echo("stopped; run the same command again to go on", err=True)
+        return 130
+    return 1 if outcome.failed else 0

@@ -1,0 +1,103 @@
+"""The output of a batch: one JSON line for each row, safe against kill -9 and power loss.
+
+Lines are appended and synced one by one. A last line that was cut is removed when the file is
+opened again, and rows that have a line already are not done twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from mse_runtime.batch.rows import Row
+from mse_runtime.errors import UsageError
+
+__all__ = ["Journal"]
+
+
+class Journal:
+    """An append-only JSON Lines file; `done` holds the indices that have a line."""
+
+    def __init__(self, path: Path, rows: list[Row]) -> None:
+        """Open `path` for `rows`, repairing and reading what an earlier run left.
+
+        Raises:
+            UsageError: the file belongs to another list, or cannot be written.
+        """
+        self.path = path
+        self.done: set[int] = set()
+        self.failed = 0
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise UsageError(
+                f"Cannot write {path}: {error.strerror or error}. Name a file in a folder that "
+                "exists."
+            ) from error
+        try:
+            self._resume(rows)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def _resume(self, rows: list[Row]) -> None:
+        good = 0
+        with self.path.open("rb") as handle:
+            for line in handle:
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    entry = json.loads(line)
+                    index, name = entry["index"], entry["id"]
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    raise self._foreign() from None
+                if not isinstance(index, int) or not 0 <= index < len(rows):
+                    raise self._foreign()
+                row = rows[index]
+                if name != row.id or entry.get("text", row.text) != row.text:
+                    raise self._foreign()
+                good += len(line)
+                self.done.add(index)
+                self.failed += "error" in entry
+        os.ftruncate(self._fd, good)
+
+    def _foreign(self) -> UsageError:
+        return UsageError(
+            f"{self.path} exists and was not written for this list. Give another -o, or remove it."
+        )
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Append one line; it is on the disk when this returns.
+
+        Raises:
+            UsageError: the disk is full or gone. What was written before stays whole.
+        """
+        line = json.dumps(entry, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
+        end = os.fstat(self._fd).st_size
+        try:
+            rest = memoryview(line)
+            while rest:
+                rest = rest[os.write(self._fd, rest) :]
+            os.fsync(self._fd)
+        except OSError as error:
+            os.ftruncate(self._fd, end)
+            raise UsageError(
+                f"Cannot write {self.path}: {error.strerror or error}. Make room and run the same "
+                "command again: it goes on where it stopped."
+            ) from error
+        self.done.add(entry["index"])
+        self.failed += "error" in entry
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        os.close(self._fd)

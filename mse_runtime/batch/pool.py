@@ -1,0 +1,149 @@
+"""Child processes that extract features: a clip may crash or hang its own worker, nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from mse_runtime.errors import MediaError
+from mse_runtime.features.npz import load_npz
+from mse_runtime.features.spec import Features
+
+__all__ = ["FeaturePool"]
+
+
+class FeaturePool:
+    """`workers` child processes; `submit` gives a future of `Features`.
+
+    timeout: seconds one clip may take. memory_mb: address space of a worker, in MiB. A clip that
+    goes over either, or kills its worker, fails with MediaError; the worker is replaced.
+    """
+
+    def __init__(self, workers: int, timeout: float, memory_mb: int) -> None:
+        self.workers = workers
+        self._timeout = timeout
+        self._folder = tempfile.TemporaryDirectory(prefix="mse-batch-")
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        self._all = [_Worker(memory_mb) for _ in range(workers)]
+        for worker in self._all:
+            self._idle.put(worker)
+        self._threads = ThreadPoolExecutor(workers, "mse-worker")
+        self._stopped = threading.Event()
+
+    def submit(self, request: dict[str, Any]) -> Future[Features]:
+        """Features for keyword arguments of `extract`."""
+        return self._threads.submit(self._run, request)
+
+    def _run(self, request: dict[str, Any]) -> Features:
+        if self._stopped.is_set():
+            raise MediaError("the batch was stopped")
+        worker = self._idle.get()
+        target = Path(self._folder.name) / f"{threading.get_ident()}.npz"
+        try:
+            reply = worker.ask({**request, "target": str(target)}, self._timeout)
+            if "error" in reply:
+                raise MediaError(str(reply["error"]["message"]))
+            return load_npz(target)
+        finally:
+            self._idle.put(worker)
+            target.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Stop the workers, whatever they do."""
+        self._stopped.set()
+        for worker in self._all:
+            worker.kill()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        for worker in self._all:
+            worker.kill()
+        self._folder.cleanup()
+
+    def __enter__(self) -> FeaturePool:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class _Worker:
+    """One child process, started when it is first asked and again after it died."""
+
+    def __init__(self, memory_mb: int) -> None:
+        self._memory = memory_mb
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, request: dict[str, Any], timeout: float) -> dict[str, Any]:
+        """Send one request and wait for its reply.
+
+        Raises:
+            MediaError: no reply in `timeout` seconds, or the process died.
+        """
+        clip = request["path"]
+        process = self._process or self._start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        line = b""
+        try:
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.flush()
+            with selectors.DefaultSelector() as ready:
+                ready.register(process.stdout, selectors.EVENT_READ)
+                if not ready.select(timeout):
+                    self.kill()
+                    raise MediaError(
+                        f"{clip}: no features after {timeout:g} s, so it was given up. Give more "
+                        "time with --clip-timeout, or a shorter piece with start and end."
+                    )
+            line = process.stdout.readline()
+            return dict(json.loads(line))
+        except (OSError, ValueError):
+            raise MediaError(f"{clip}: {self._post_mortem()}") from None
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "mse_runtime.batch.worker", str(self._memory)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is the parent's to handle
+        )
+        return self._process
+
+    def _post_mortem(self) -> str:
+        process = self._process
+        self.kill()
+        code = process.returncode if process else None
+        if code is not None and code < 0:
+            with contextlib.suppress(ValueError):
+                return f"the decoder died ({signal.Signals(-code).name}); the clip is broken"
+        return f"the decoder stopped (exit code {code}); it may need more than {self._memory} MB"
+
+    def kill(self) -> None:
+        """End the process if there is one. Safe from any thread."""
+        process, self._process = self._process, None
+        if process is not None:
+            # A child that has already ended keeps its own exit status.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.05)
+            process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout):
+                if stream is not None:
+                    with contextlib.suppress(OSError):
+                        stream.close()

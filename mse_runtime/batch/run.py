@@ -1,0 +1,139 @@
+"""The batch itself: features ahead in the workers, the language model one row at a time here.
+
+Rows are answered and written in order. An error is a row of its own kind; the rest goes on.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from mse_runtime.analyzer import Analyzer
+from mse_runtime.batch.journal import Journal
+from mse_runtime.batch.pool import FeaturePool
+from mse_runtime.batch.rows import Row
+from mse_runtime.errors import BackboneError, MSEError
+from mse_runtime.features.npz import load_npz
+from mse_runtime.features.spec import Features
+from mse_runtime.prompt import check_text
+
+__all__ = ["Outcome", "run"]
+
+AHEAD = 2
+"""Rows of features that wait for the language model, for each worker."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a batch ended: rows written now, rows there before, rows with an error in all."""
+
+    written: int
+    before: int
+    failed: int
+    stopped: bool
+
+
+def run(
+    analyzer: Analyzer,
+    rows: list[Row],
+    journal: Journal,
+    pool: FeaturePool,
+    *,
+    task: str | None = None,
+    fps: float | None = None,
+    max_seconds: float = 60.0,
+    progress: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """Answer every row that has no line in `journal` yet.
+
+    SIGINT and SIGTERM finish the row in hand and stop; a second one stops at once.
+    """
+    before = len(journal.done)
+    inputs = analyzer.bundle.features
+    options = {
+        "audio_spec": inputs.audio.spec,
+        "face_spec": inputs.face.spec,
+        "fps": fps,
+        "max_seconds": max_seconds,
+        "threads": 1,
+    }
+    waiting: deque[tuple[Row, Future[Features]]] = deque()
+    todo = (row for row in rows if row.index not in journal.done)
+    with _stop_signals() as stop:
+        while not stop.is_set():
+            while len(waiting) < AHEAD * pool.workers and (row := next(todo, None)):
+                waiting.append((row, _features(row, pool, options)))
+            if not waiting:
+                break
+            row, features = waiting.popleft()
+            journal.write(_entry(analyzer, row, features, row.task or task))
+            progress()
+        stopped = stop.is_set()
+    return Outcome(len(journal.done) - before, before, journal.failed, stopped)
+
+
+def _features(row: Row, pool: FeaturePool, options: dict[str, Any]) -> Future[Features]:
+    """Features of a row in the future; a row that cannot have any is refused there too."""
+    try:
+        if row.problem:
+            raise MSEError(row.problem)
+        check_text(row.text)
+        if row.is_features:
+            ready: Future[Features] = Future()
+            ready.set_result(load_npz(row.source))
+            return ready
+    except MSEError as error:
+        refused: Future[Features] = Future()
+        refused.set_exception(error)
+        return refused
+    window = {"start": row.start, "end": row.end}
+    return pool.submit({"path": str(row.source), **window, **options})
+
+
+def _entry(
+    analyzer: Analyzer, row: Row, features: Future[Features], task: str | None
+) -> dict[str, Any]:
+    head = {"index": row.index, "id": row.id}
+    try:
+        found = features.result()
+        try:
+            result = analyzer.analyze_features(found, row.text, task=task, clip=str(row.source))
+        except BackboneError:
+            analyzer.forget()  # once more with an empty cache
+            result = analyzer.analyze_features(found, row.text, task=task, clip=str(row.source))
+    except MSEError as error:
+        problem = {"type": type(error).__name__, "message": str(error)}
+        return {**head, "clip": str(row.source), "text": row.text, "error": problem}
+    return {**head, **result.to_dict()}
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets; the second one has its usual effect."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    usual = {kind: signal.getsignal(kind) for kind in kinds}
+
+    def restore() -> None:
+        for kind, handler in usual.items():
+            signal.signal(kind, handler)
+
+    def first(_number: int, _frame: object) -> None:
+        stop.set()
+        restore()
+
+    for kind in kinds:
+        signal.signal(kind, first)
+    try:
+        yield stop
+    finally:
+        restore()

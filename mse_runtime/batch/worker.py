@@ -1,0 +1,60 @@
+"""A child process that turns clips into feature files, one at a time, with a limit on memory.
+
+    python -m mse_runtime.batch.worker MEMORY_MB
+
+Requests and replies are JSON lines on stdin and stdout; features travel as .npz files, which the
+parent reads with every size checked. Nothing is pickled: a decoder that a hostile file took over
+gets no way into the parent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+from mse_runtime.errors import MediaError, MSEError
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    memory = int(sys.argv[1]) << 20
+    limit_memory(memory)
+    # Libraries that print to stdout must not be taken for replies.
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line))), file=replies, flush=True)
+
+
+def limit_memory(memory: int) -> None:
+    """Limit the address space to `memory` bytes, where the system can."""
+    try:
+        import resource
+    except ImportError:
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Extract what `request` asks for into its `target`; what to reply."""
+    target = request.pop("target")
+    try:
+        from mse_runtime.features.extract import extract, save_npz
+
+        save_npz(target, extract(**request))
+    except MSEError as error:
+        return {"error": {"type": type(error).__name__, "message": str(error)}}
+    except MemoryError:
+        problem = MediaError(f"{request['path']}: decoding it takes more memory than allowed.")
+        return {"error": {"type": type(problem).__name__, "message": str(problem)}}
+    except Exception as error:
+        text = f"{request['path']}: {type(error).__name__}: {error}"
+        return {"error": {"type": "MediaError", "message": text}}
+    return {"ok": True}
+
+
+if __name__ == "__main__":
+    main()
