@@ -7,15 +7,28 @@ resident memory (RSS) of this process and for the GPU's memory; both are meant t
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mse_runtime.errors import DeviceError
+from mse_runtime.errors import BackboneError, DeviceError
 from mse_runtime.gguf import Gguf
 
-__all__ = ["Item", "Measured", "Plan", "check_gpu", "free_vram", "gpu_problem", "measured", "plan"]
+if TYPE_CHECKING:
+    from mse_runtime.backbone import Backbone
+
+__all__ = [
+    "Item",
+    "Measured",
+    "Plan",
+    "check_gpu",
+    "free_vram",
+    "gpu_problem",
+    "measured",
+    "open_planned",
+    "plan",
+]
 
 MB = 10**6
 LIBRARIES = 16 * MB
@@ -210,6 +223,37 @@ def _compute(gguf: Gguf, n_ctx: int, n_outputs: int) -> int:
     fused = "blk.0.ffn_gate.weight" not in gguf.tensors
     row = 3 * halves + 3 * width if fused else 2 * halves + 7 * width
     return 4 * max(n_tokens * (row + n_ctx // 2), n_outputs * gguf.n_vocab)
+
+
+def open_planned(
+    path: Path, planned: Plan, *, opener: Callable[..., Backbone] | None = None, **options: Any
+) -> Backbone:
+    """Open a backbone with the planned layers on the GPU, or with fewer if it refuses them.
+
+    Free memory changes and llama.cpp has no call that fits layers, so the plan may be wrong. Each
+    attempt takes three quarters of the layers, the last one none; what was given up is in
+    `info["warnings"]`. options: those of `Backbone.open`. Raises the first error if even the CPU
+    does not do.
+    """
+    if opener is None:
+        from mse_runtime.backbone import Backbone
+
+        opener = Backbone.open
+    layers, first = planned.n_gpu_layers, None
+    while True:
+        try:
+            backbone = opener(path, n_gpu_layers=layers, **options)
+        except BackboneError as error:
+            first = first or error
+            if not layers:
+                raise first from None
+            layers = layers * 3 // 4
+            continue
+        if layers < planned.n_gpu_layers:
+            backbone.info["warnings"].append(
+                f"the GPU took {layers} of the {planned.n_gpu_layers} planned layers ({first})"
+            )
+        return backbone
 
 
 # What is there

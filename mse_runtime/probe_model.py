@@ -1,7 +1,8 @@
 """A GGUF of 1.5 MB that takes every fast matrix kernel llama.cpp has for quantised weights.
 
-One layer each in Q4_0, Q8_0, Q4_K and Q6_K, 256 wide: wide enough for a K-quant's block, for
-repacking (8 rows) and for AMX tiles (32 rows and columns). Random weights, no vocabulary.
+One layer each in Q4_0, Q8_0, Q4_K and Q6_K and an output in F16, 256 wide: wide enough for a
+K-quant's block, for repacking (8 rows) and for AMX tiles (32 rows and columns). Random weights,
+no vocabulary.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def write_probe_model(path: Path) -> Path:
         ]  # fmt: skip
     tensors += [
         ("output_norm.weight", (WIDTH,), "F32"),
-        ("output.weight", (N_VOCAB, WIDTH), "Q4_0"),
+        ("output.weight", (N_VOCAB, WIDTH), "F16"),
     ]
     entries = _metadata()
     header = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(entries)) + b"".join(entries)
@@ -61,6 +62,8 @@ def _values(rng: np.random.Generator, shape: tuple[int, ...], kind: str) -> byte
     if kind == "F32":
         ones = np.ones(shape, np.float32)
         return (ones if len(shape) == 1 else rng.standard_normal(shape, np.float32)).tobytes()
+    if kind == "F16":
+        return (0.06 * rng.standard_normal(shape, np.float32)).astype(np.float16).tobytes()
     per_block, size = BLOCKS[kind]
     blocks: npt.NDArray[np.uint8] = rng.integers(
         0, 256, (int(np.prod(shape)) // per_block, size), dtype=np.uint8

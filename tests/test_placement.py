@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -14,9 +15,9 @@ from make_fixtures import ARCHES, SHAPES, Shape, synthetic_gguf, toy_gguf
 
 from mse_runtime import placement
 from mse_runtime.backbone import Backbone
-from mse_runtime.errors import DeviceError
+from mse_runtime.errors import BackboneError, DeviceError
 from mse_runtime.gguf import Gguf
-from mse_runtime.placement import MB, check_gpu, gpu_problem, measured, plan
+from mse_runtime.placement import MB, check_gpu, gpu_problem, measured, open_planned, plan
 
 MIB = 1 << 20
 
@@ -159,6 +160,37 @@ def test_a_required_gpu_that_is_not_there(
     with pytest.raises(DeviceError, match="put no layer there: because"):
         check_gpu(planned, {"offloaded_layers": 0, "warnings": ["because"]})
     check_gpu(planned, {"offloaded_layers": 1})
+
+
+@pytest.mark.parametrize("room", [33, 24, 20, 5, 0])
+def test_a_gpu_that_takes_fewer_layers_than_planned(
+    wide: dict[str, Path], seven_b: Path, room: int
+) -> None:
+    """The GPU is played: more than `room` layers fail, as a load does that runs out of memory."""
+    tried: list[int] = []
+
+    def opener(path: Path, *, n_gpu_layers: int, **options: Any) -> Backbone:
+        tried.append(n_gpu_layers)
+        if n_gpu_layers > room:
+            raise BackboneError("cudaMalloc failed: out of memory")
+        return Backbone.open(path, **options)
+
+    with Gguf.open(seven_b) as gguf:
+        planned = plan(gguf, n_gpu_layers=-1)
+    with open_planned(wide["llama"], planned, opener=opener, threads=1, low_memory=True) as got:
+        assert tried[0] == 33
+        assert tried[-1] <= room
+        assert sorted(tried, reverse=True) == tried
+        told = [text for text in got.info["warnings"] if "planned layers" in text]
+        assert len(told) == (room < 33)
+        assert all("out of memory" in text for text in told)
+
+
+def test_the_first_error_counts_if_nothing_opens(tmp_path: Path, seven_b: Path) -> None:
+    with Gguf.open(seven_b) as gguf:
+        planned = plan(gguf, n_gpu_layers=2)
+    with pytest.raises(BackboneError, match="does not exist"):
+        open_planned(tmp_path / "nothing", planned)
 
 
 def test_asking_for_layers_without_a_gpu_is_not_silent(wide: dict[str, Path]) -> None:
