@@ -28,6 +28,7 @@ MAX_FRAMES = 8
 INK, SOFT, GRID = "#1b1f24", "#6b7280", "#d8dce2"
 VOICE, FACE, ACCENT = "#2563a8", "#12805c", "#c2410c"
 CHOSEN, OTHER = "#334155", "#b3bcc8"
+SIGNS = {"negative": ACCENT, "neutral": SOFT, "positive": FACE}
 # fonts that have Chinese, Japanese and Korean characters, where one is installed
 WIDE_FONTS = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "Microsoft YaHei")
 # lines drawn over the faint mesh: indices into the 468 points
@@ -102,7 +103,7 @@ def _draw(figure: Figure, features: Features, prediction: Mapping[str, Any] | No
     right = 0.735 if prediction else 0.975
     grid = figure.add_gridspec(
         4, 1, left=0.07, right=right, top=0.88, bottom=0.08,
-        height_ratios=(2.6 if prediction else 3.1, 1.6, 1.6, 0.8), hspace=0.22,
+        height_ratios=(2.3 if prediction else 3.1, 1.6, 1.6, 0.8), hspace=0.22,
     )  # fmt: skip
     strip = figure.add_subplot(grid[0])
     pitch = figure.add_subplot(grid[1])
@@ -133,7 +134,9 @@ def _header(figure: Figure, features: Features, prediction: Mapping[str, Any] | 
         figure.text(0.02, 0.925, f"“{textwrap.shorten(text, 130, placeholder=' …')}”", va="center")
     said = list((prediction or {}).get("warnings") or features.warnings)
     if said:
-        note = textwrap.shorten("; ".join(said), 200, placeholder=" …")
+        note = textwrap.shorten(
+            " ".join(f"{each.rstrip('.')}." for each in said), 200, placeholder=" …"
+        )
         figure.text(0.02, 0.015, f"note: {note}", fontsize=7.5, color=ACCENT, va="center")
 
 
@@ -269,11 +272,12 @@ def _answer(figure: Figure, prediction: Mapping[str, Any]) -> None:
     probabilities: Mapping[str, float] = prediction.get("probabilities") or {}
     value = prediction.get("value")
     label = str(prediction.get("label", ""))
-    headline = label if value is None else f"{value:+.2f}   {label}"
+    headline, second = (label, "") if value is None else (f"{value:+.2f}", label)
     figure.text(0.775, 0.86, str(prediction.get("task", "")), fontsize=9, color=SOFT)
-    figure.text(0.775, 0.815, headline, fontsize=17, weight="bold")
+    figure.text(0.775, 0.815, textwrap.shorten(headline, 20), fontsize=17, weight="bold")
+    figure.text(0.775, 0.782, textwrap.shorten(second, 34), fontsize=11)
     if distribution:
-        axes = figure.add_axes((0.79, 0.5, 0.185, 0.27))
+        axes = figure.add_axes((0.79, 0.5, 0.185, 0.25))
         numbers, shares = (np.array(side, float) for side in zip(*distribution, strict=True))
         width = float(np.min(np.diff(numbers))) if len(numbers) > 1 else 0.1
         colours = np.where(numbers < 0, ACCENT, np.where(numbers > 0, FACE, SOFT))
@@ -288,7 +292,9 @@ def _answer(figure: Figure, prediction: Mapping[str, Any]) -> None:
         axes = figure.add_axes((0.84, top - tall, 0.12, tall))
         names = list(probabilities)[::-1]
         parts = [probabilities[name] for name in names]
-        bars = [CHOSEN if name == label else OTHER for name in names]
+        bars = [SIGNS.get(name, OTHER) if distribution else OTHER for name in names]
+        if label in names and not distribution:
+            bars[names.index(label)] = CHOSEN
         axes.barh(range(len(names)), parts, color=bars, height=0.7)
         axes.set_yticks(range(len(names)), labels=names)
         axes.set(xlim=(0, 1), xticks=[])

@@ -15,6 +15,7 @@ from mse_runtime.bundle import Bundle, EncoderInfo, load_bundle
 from mse_runtime.errors import BundleError, UsageError
 from mse_runtime.features.encoder_config import spec_for, spec_of
 from mse_runtime.features.encoders import open_audio_encoder, open_image_encoder
+from mse_runtime.features.extract import extract
 
 pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
@@ -237,3 +238,16 @@ def test_not_a_graph(tiny: Bundle, tmp_path: Path) -> None:
     info = entry(tmp_path, "audio.onnx", dim=DIM)
     with pytest.raises(BundleError, match="not an ONNX graph"):
         open_audio_encoder(holding(tiny, tmp_path, info), info.id)(np.ones(800, np.float32))
+
+
+def test_extract_with_a_bundles_encoders(tiny: Bundle, folder: Path) -> None:
+    audio = entry(folder, "audio.onnx", dim=DIM)
+    image = entry(folder, "image.onnx", **IMAGE, rate=2.5)
+    bundle = replace(tiny, path=folder, encoders=(audio, image))
+    features = extract(FACE_CLIP, audio_spec=audio.id, face_spec=image.id, bundle=bundle)
+    assert features.audio is not None
+    assert features.face is not None
+    assert features.audio.dim == DIM
+    assert features.face.values.shape == (14, 5)
+    assert features.face.valid.all()
+    assert features.info["fps"] == 2.5
