@@ -173,6 +173,7 @@ class Analyzer:
                 threads=self.threads,
                 trace=lambda stage, seconds: watch.add(STAGES[stage], seconds),
                 keep_frames=keep_frames,
+                bundle=self.bundle,
             ),
             "mse-features",
         )

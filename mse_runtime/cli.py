@@ -244,16 +244,17 @@ def _features_only(arguments: tuple[str, ...], options: dict[str, Any]) -> None:
             "Give one clip and where to write: mse-run clip.mp4 --features-only -o f.npz"
         )
     clip = Path(arguments[0])
-    inputs = load_bundle(resolve_bundle(options["bundle"], offline=options["offline"])).features
+    bundle = load_bundle(resolve_bundle(options["bundle"], offline=options["offline"]))
     features = extract(
         clip,
-        audio_spec=inputs.audio.spec,
-        face_spec=inputs.face.spec,
+        audio_spec=bundle.features.audio.spec,
+        face_spec=bundle.features.face.spec,
         fps=options["fps"],
         start=options["start"],
         end=options["end"],
         max_seconds=options["max_seconds"],
         threads=options["threads"],
+        bundle=bundle,
     )
     for warning in features.warnings:
         click.echo(f"warning: {warning}", err=True)

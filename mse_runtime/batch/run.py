@@ -62,6 +62,8 @@ def run(
         "fps": fps,
         "max_seconds": max_seconds,
         "threads": 1,
+        # Only a bundle with encoders of its own is needed to extract its features.
+        "bundle": str(analyzer.bundle.path) if analyzer.bundle.encoders else None,
     }
     waiting: deque[tuple[Row, Future[Features]]] = deque()
     todo = (row for row in rows if row.index not in journal.done)

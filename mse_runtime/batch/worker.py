@@ -12,8 +12,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import lru_cache
 from typing import Any
 
+from mse_runtime.bundle import Bundle, load_bundle
 from mse_runtime.errors import MediaError, MSEError
 
 __all__ = ["main"]
@@ -40,11 +42,11 @@ def limit_memory(memory: int) -> None:
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Extract what `request` asks for into its `target`; what to reply."""
-    target = request.pop("target")
+    target, folder = request.pop("target"), request.pop("bundle", None)
     try:
         from mse_runtime.features.extract import extract, save_npz
 
-        save_npz(target, extract(**request))
+        save_npz(target, extract(**request, bundle=_bundle(folder) if folder else None))
     except MSEError as error:
         return {"error": {"type": type(error).__name__, "message": str(error)}}
     except MemoryError:
@@ -54,6 +56,11 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         text = f"{request['path']}: {type(error).__name__}: {error}"
         return {"error": {"type": "MediaError", "message": text}}
     return {"ok": True}
+
+
+@lru_cache(maxsize=1)
+def _bundle(folder: str) -> Bundle:
+    return load_bundle(folder)
 
 
 if __name__ == "__main__":
