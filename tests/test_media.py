@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -490,3 +491,44 @@ def test_a_window_takes_the_same_frames_as_the_whole(plain: Path) -> None:
     part = list(frames(plain, window=Window(0.8, 1.6, False)))
     assert [s.time for s in part] == pytest.approx([0.8, 1.0, 1.2, 1.4])
     assert [s.image.tobytes() for s in part] == [s.image.tobytes() for s in whole[4:8]]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("w.wav", {"video": None, "audio": "pcm_s16le"}),
+        ("w.mp3", {"video": None, "audio": "libmp3lame"}),
+        ("w.mkv", {}),
+        ("w.ts", {}),
+    ],
+)
+def test_sound_in_a_window_lies_where_it_lies_in_the_whole(
+    folder: Path, name: str, options: dict[str, Any]
+) -> None:
+    seconds = np.arange(6 * 44_100) / 44_100
+    glide = (8000 * np.sin(2 * np.pi * (100 * seconds + 40 * seconds**2))).astype(np.int16)
+    path = write_clip(folder / name, seconds=6.0, samples=glide, **options)
+    whole, part = sound(path, Window(0, 9, False)), sound(path, Window(3, 4, False))
+    assert (part.start, part.end) == pytest.approx((3, 4), abs=1e-3)
+    offset = round((part.start - whole.start) * 16_000)
+    errors = {
+        shift: np.abs(
+            whole.samples[offset + shift + 500 : offset + shift + 15_000].astype(int)
+            - part.samples[500:15_000]
+        ).mean()
+        for shift in range(-40, 41)
+    }
+    # Within a millisecond: containers round their timestamps.
+    assert abs(min(errors, key=errors.__getitem__)) <= 16
+
+
+def test_a_jump_of_the_clock_does_not_make_a_million_rows(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "jump.mkv", frame_times=[0, 0.04, 500_000.0], audio=None)
+    reader = frames(path, fps=1, window=Window(0, float("inf"), False))
+    assert 60 <= len(list(reader)) <= 62
+
+
+@pytest.mark.parametrize("fps", [0, -1, 1000, float("nan")])
+def test_sampling_rates_that_make_no_sense(plain: Path, fps: float) -> None:
+    with pytest.raises(UsageError, match="--fps"):
+        frames(plain, fps)

@@ -19,7 +19,7 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
-from mse_runtime.errors import MediaError
+from mse_runtime.errors import MediaError, UsageError
 from mse_runtime.media.packets import Damage, packets, seconds
 from mse_runtime.media.probe import MAX_PIXELS, ClipInfo, Window, cut_warning, open_clip
 
@@ -40,6 +40,8 @@ _REORDER = 20
 """Packets read ahead; codecs reorder frames by 16 places at most."""
 _SHORTEST = 0.04
 """Seconds a last frame of unknown length is taken to be shown."""
+_LONGEST = 60.0
+"""Seconds a frame is taken to be shown at most: a broken timestamp must not mean a million rows."""
 _BIG = 1280 * 720
 """Pictures from this size on are worth a second decoding thread."""
 
@@ -63,7 +65,7 @@ class FrameReader:
 
     def __init__(self, info: ClipInfo, window: Window, fps: float, *, threads: int = 1) -> None:
         if not 0 < fps <= 120:
-            raise MediaError(f"{fps:g} frames a second can't be sampled; ask for 1 to 30.")
+            raise UsageError(f"{fps:g} frames a second can't be sampled. Give --fps 1 to 30.")
         self._info = info
         self._window = window
         self._step = 1.0 / fps
@@ -137,6 +139,7 @@ class FrameReader:
         if self._held is None:
             return
         frame, when, _ = self._held
+        until = min(until, when + _LONGEST)
         self._index = max(self._index, math.ceil((when - _EPSILON) / self._step))
         image: NDArray[np.uint8] | None = None
         while self._index * self._step < until - _EPSILON:
