@@ -238,7 +238,7 @@ def _entry(prefix: str, path: Path, config: Mapping[str, Any]) -> EncoderInfo:
 def _quiet() -> Iterator[None]:
     """The exporters' warnings are about their own internals."""
     # Imported first: the import itself sets its logger's level.
-    import optimum.exporters.onnx
+    import optimum.exporters.onnx  # noqa: F401
     import transformers  # noqa: F401
 
     loggers = [logging.getLogger(name) for name in ("transformers", "optimum", "torch.onnx")]

@@ -59,11 +59,17 @@ class ReferenceLM:
     """Logits for a sequence of embedding rows.
 
     round_bf16: weights rounded to bf16 first, as the published code loads them (spec, 1.6).
+    rope_bf16: cosines and sines rounded to bf16 too. The published Llama 2 and Qwen 2 runs have
+    such a table, because it is made while the model is loaded as bf16: it moves logits by some
+    0.02 to 0.04, and with it this class equals the published logits to 2e-5.
     """
 
-    def __init__(self, folder: HfFolder, *, round_bf16: bool = False) -> None:
+    def __init__(
+        self, folder: HfFolder, *, round_bf16: bool = False, rope_bf16: bool = False
+    ) -> None:
         self.folder = folder
         self.round_bf16 = round_bf16
+        self.rope_bf16 = rope_bf16
         self.arch = architecture(folder.config).ARCH
         self.dims = _dims(folder, self.arch)
 
@@ -76,7 +82,7 @@ class ReferenceLM:
     def logits(self, rows: NDArray[np.float32], last: int = 1) -> NDArray[np.float32]:
         """Logits [last, n_vocab] of the last positions, for rows [L, D] at positions 0..L-1."""
         x = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float32))
-        turn = _rotation(self.dims, len(rows))
+        turn = _rotation(self.dims, len(rows), self.rope_bf16)
         mask = torch.full((len(rows), len(rows)), -math.inf).triu(1)
         for i in range(self.dims.layers):
             layer = self._layer(i)
@@ -188,14 +194,17 @@ def _norm(x: Tensor, weight: Tensor, dims: _Dims) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + dims.epsilon) * weight
 
 
-def _rotation(dims: _Dims, length: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [length, rope_dim / 2]; computed in float64."""
-    exponents = torch.arange(0, dims.rope_dim, 2, dtype=torch.float64) / dims.rope_dim
-    frequencies = dims.rope_base**-exponents
+def _rotation(dims: _Dims, length: int, rounded: bool) -> tuple[Tensor, Tensor]:
+    """cos and sin [length, rope_dim / 2]."""
+    exponents = torch.arange(0, dims.rope_dim, 2, dtype=torch.float32) / dims.rope_dim
+    frequencies = 1.0 / dims.rope_base**exponents
     if dims.factors is not None:
-        frequencies = frequencies / torch.tensor(dims.factors, dtype=torch.float64)
-    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
-    return angles.cos().float(), angles.sin().float()
+        frequencies = frequencies / torch.tensor(dims.factors, dtype=torch.float32)
+    angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    if rounded:
+        return cos.bfloat16().float(), sin.bfloat16().float()
+    return cos, sin
 
 
 def _rotate(x: Tensor, turn: tuple[Tensor, Tensor], dims: _Dims) -> Tensor:
