@@ -41,7 +41,8 @@ Exit codes: 0 ok, 2 usage, 3 bad data, 4 bad bundle, 5 device or memory, 6 backb
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.option(
-    "--backbone", help="A Hugging Face folder with weights and tokeniser, or the built-in `tiny`."
+    "--backbone",
+    help="A Hugging Face folder, a name of `mse-export --list`, or the built-in `tiny`.",
 )
 @click.option("--dataset", help="mosei, simsv2, meld, cherma, iemocap, or a name for your own.")
 @click.option(

@@ -127,7 +127,7 @@ def open_frozen(
     precision: Precision = "fp32",
     four_bit: bool = False,
 ) -> Frozen:
-    """The language model of the Hugging Face folder `source`, or of the built-in bundle `tiny`.
+    """The language model of a Hugging Face folder, of a backbone's name, or of the bundle `tiny`.
 
     Raises BackboneError for a folder that is no language model, DeviceError for too little memory.
     """
@@ -135,7 +135,7 @@ def open_frozen(
         from mse_export.training.builtin import open_builtin
 
         return _freeze(open_builtin("tiny"), device, precision)
-    folder = Path(source).expanduser()
+    folder = _named_folder(str(source)) or Path(source).expanduser()
     config = _read_config(folder)
     model_type = str(config.get("model_type", ""))
     try:
@@ -147,6 +147,14 @@ def open_frozen(
         ) from error
     frozen = Frozen(model, open_tokenizer(folder, model_type), model_type, str(folder))
     return _freeze(frozen, device, None if four_bit else precision)
+
+
+def _named_folder(name: str) -> Path | None:
+    """The local folder of a backbone that `mse-export --list` names (downloaded where needed)."""
+    from mse_export.profiles import backbone_names
+    from mse_export.resolve import resolve_backbone
+
+    return resolve_backbone(name).path if name in backbone_names() else None
 
 
 def _freeze(frozen: Frozen, device: str, precision: Precision | None) -> Frozen:

@@ -23,14 +23,15 @@ def assemble(frozen: Frozen, adapter: nn.Module, batch: Batch) -> Tensor:
 
     `batch` lies on the backbone's device already.
     """
-    pseudo = adapter(
-        batch.audio,
-        batch.audio_len,
-        batch.face,
-        batch.face_len,
-        frozen.embed(batch.text),
-        batch.text_len,
-    )
+    with torch.autocast(frozen.device.type, enabled=False):  # the adapter is float32 always
+        pseudo = adapter(
+            batch.audio,
+            batch.audio_len,
+            batch.face,
+            batch.face_len,
+            frozen.embed(batch.text),
+            batch.text_len,
+        )
     rows = frozen.embed(batch.ids)
     columns = batch.slot[:, None] + torch.arange(pseudo.shape[1], device=rows.device)
     index = columns[..., None].expand(-1, -1, rows.shape[2])
