@@ -258,6 +258,7 @@ class Analyzer:
             finally:
                 backbone.truncate(0, len(self._constant))
             self.last_features = found
+        adapter = self._adapter.result()
         return Prediction(
             task=name,
             answer=answer,
@@ -271,7 +272,8 @@ class Analyzer:
                 "plan": self.plan.ram / MB,
             },
             backend={
-                "adapter": self._adapter.result().name,
+                "adapter": adapter.name,
+                "adapter_choice": adapter.choice,
                 "backbone": backbone.info | {"n_layer": backbone.n_layer},
             },
             bundle={

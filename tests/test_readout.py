@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mse_runtime.bundle import Label, Task
 from mse_runtime.parity import generate, parse
-from mse_runtime.readout import Readout, intensity, label_texts, number_grid
+from mse_runtime.readout import INTENSITY, Readout, intensity, label_texts, number_grid
 
 
 class CharTokenizer:
@@ -108,8 +108,9 @@ def test_intensity_words(value: float, word: str) -> None:
     ("text", "number"),
     [
         (" 0.8", 0.8), ("+0.8", 0.8), (".5", 0.5), ("-0.", 0.0), ("1e1", 10.0), ("1_0", 10.0),
-        ("０.８", 0.8), ("–1.2", -1.2), ("一0.4", -0.4), ("：0.6", 0.6), ("(1.0", 1.0), ("1/2", 12.0),
-        ("--1", 0.0), ("0,8", 0.0), ("- 0.8", 0.0), ("neutral", 0.0), ("", 0.0), ("inf", float("inf")),
+        ("０.８", 0.8), ("–1.2", -1.2), ("一0.4", -0.4), ("：0.6", 0.6), ("(1.0", 1.0),
+        ("1/2", 12.0), ("--1", 0.0), ("0,8", 0.0), ("- 0.8", 0.0), ("neutral", 0.0), ("", 0.0),
+        ("inf", float("inf")),
     ],
 )  # fmt: skip
 def test_published_regression_parser(text: str, number: float) -> None:
