@@ -116,7 +116,7 @@ def extract(
         *sound.warnings,
         *face.warnings,
     ]
-    warnings += _breaks_off(clip, window, stop, audio_spec, face_spec)
+    warnings += _breaks_off(clip, window, sound.end, face.end)
     if trace is not None:
         for stage, seconds in watch.spent.items():
             trace(stage, seconds)
@@ -309,20 +309,28 @@ def _masked(clip: ClipInfo, audio_spec: str | None, face_spec: str | None) -> li
     return said
 
 
-def _breaks_off(clip: ClipInfo, window: Window, stop: float, *specs: str | None) -> list[str]:
-    """A truncated file decodes without an error; only the declared length gives it away."""
-    streams = (clip.audio, clip.video)
-    ends = [s.end for s, spec in zip(streams, specs, strict=True) if s and spec and s.end]
-    declared = max(ends) if ends else clip.duration
-    if declared is None or (None in specs and not ends):
-        return []
-    expected = min(declared, window.end)
-    if expected - stop <= max(_SHORT, 0.02 * (expected - window.start)):
-        return []
-    return [
-        f"the clip breaks off at {stop:.1f} s of a declared {declared:.1f} s: "
-        "the file is probably truncated, what there is was used"
+def _breaks_off(clip: ClipInfo, window: Window, heard: float, seen: float) -> list[str]:
+    """A truncated file decodes without an error; only the declared lengths give it away.
+
+    `heard` and `seen`: seconds on the clip's clock up to which a stream was read, 0 if it wasn't.
+    """
+    declared = [
+        ("the sound", heard, clip.audio.end if clip.audio else None),
+        ("the picture", seen, clip.video.end if clip.video else None),
     ]
+    ends = [(what, got, end) for what, got, end in declared if got and end]
+    if not ends and clip.duration and heard and seen:
+        # Some containers declare only the whole.
+        ends = [("the clip", max(heard, seen), clip.duration)]
+    said = []
+    for what, got, end in ends:
+        expected = min(end, window.end)
+        if expected - got > max(_SHORT, 0.02 * (expected - window.start)):
+            said.append(
+                f"{what} breaks off at {got:.1f} s of a declared {end:.1f} s: "
+                "the file is probably truncated or damaged, what there is was used"
+            )
+    return said
 
 
 def _cores() -> int:
