@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mse_runtime.bundle import Label, Task
 from mse_runtime.parity import generate, parse
-from mse_runtime.readout import INTENSITY, Readout, intensity, label_texts, number_grid
+from mse_runtime.readout import Readout, intensity, label_texts, number_grid
 
 
 class CharTokenizer:
