@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import pickle
 import shlex
 import shutil
 import signal
@@ -45,6 +46,7 @@ from mse_export.training.objective import assemble, loss_sum, score_answers  # n
 from mse_export.training.progress import Reporter  # noqa: E402
 from mse_export.training.recipe import load_recipe  # noqa: E402
 from mse_export.training.run import Arguments, train  # noqa: E402
+from mse_export.training.state import RunFolder, write_checkpoint  # noqa: E402
 from mse_export.training.task import choose_profile, pad_id  # noqa: E402
 from mse_runtime.bundle import FeatureInput  # noqa: E402
 from mse_runtime.datasets import DataSetInfo, Sample, held_features  # noqa: E402
@@ -449,6 +451,39 @@ def test_a_run_learns_and_says_what_it_was(llama: Path, data: Path, tmp_path: Pa
     assert "6 valid" in told.lines[0]
 
 
+def test_a_published_pickle_in_the_published_layout(llama: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+
+    def table(count: int) -> dict[str, Any]:
+        audio = rng.normal(size=(count, 9, 74)).astype(np.float32)
+        audio[0, 0, 0] = -np.inf  # MOSEI has them; the published loader blanks them
+        return {
+            "raw_text": [f"it was {i} times good" for i in range(count)],
+            "audio": audio,
+            "vision": rng.normal(size=(count, 5, 35)).astype(np.float32),
+            "audio_lengths": rng.integers(1, 10, count),
+            "vision_lengths": rng.integers(1, 6, count),
+            "regression_labels": rng.uniform(-3, 3, count).astype(np.float32),
+            "id": [f"v{rng.integers(10**9)}" for _ in range(count)],
+        }
+
+    pickled = tmp_path / "unaligned_50.pkl"
+    pickled.write_bytes(pickle.dumps({"train": table(12), "valid": table(4), "test": table(4)}))
+    told = Told()
+    output = tmp_path / "mosei.safetensors"
+    plain = Arguments(str(llama), "mosei", pickled, output, "published", epochs=1, parity=True)
+    (result,) = train(plain, told())
+    assert "llama/mosei: batch 8, lr 5e-05" in told.text
+    assert 0 <= result.test["Has0_acc_2"] <= 1
+    checkpoint = read_checkpoint(output)
+    profile = profile_from_metadata(checkpoint.metadata)
+    assert profile is not None
+    expected = profiles.published("llama", "mosei", 0)
+    assert profile.tasks == expected.tasks
+    assert (profile.text, profile.features) == (expected.text, expected.features)
+    assert (checkpoint.dims.audio_hidden, checkpoint.dims.video_hidden) == (64, 32)
+
+
 def test_regression_on_the_built_in_backbone(tmp_path: Path) -> None:
     def numbers(i: int, arrays: dict[str, Any], row: dict[str, str]) -> None:
         row["label"] = f"{(-2.4, 0.3, 2.1)[i % 3]}"
@@ -546,6 +581,33 @@ def test_out_of_memory_in_the_middle(
     told = Told()
     train(arguments(llama, data, tmp_path / "c.safetensors"), told())
     assert "Going on after epoch 1" in told.text
+
+
+def test_a_full_disk_keeps_what_was_there(tmp_path: Path) -> None:
+    """A limit on file sizes stands in for the disk."""
+    resource = pytest.importorskip("resource")
+    folder, output = RunFolder(tmp_path / "m.safetensors"), tmp_path / "m.safetensors"
+    folder.make()
+    folder.save_state({"settings": {}, "step": 1})
+    write_checkpoint(output, {"a": torch.zeros(3)}, {"training": {}})
+    before = output.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        with pytest.raises(MSEError, match=r"state.pt cannot be written.*kept"):
+            folder.save_state({"settings": {}, "weights": torch.zeros(1 << 18)})
+        with pytest.raises(MSEError, match=r"m.safetensors cannot be written"):
+            write_checkpoint(output, {"a": torch.zeros(1 << 18)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert output.read_bytes() == before
+    state = folder.load_state({})
+    assert state is not None
+    assert state["step"] == 1
+    assert not list(tmp_path.rglob("*.partial"))
+    (folder.state).write_bytes(b"half a file")
+    with pytest.raises(UsageError, match=r"damaged.*--fresh"):
+        folder.load_state({})
 
 
 def test_another_runtime_error_is_not_taken_for_memory(

@@ -32,7 +32,7 @@ LAYER_NAMES = {
 
 def builtin_bundle(name: str) -> Bundle:
     """The built-in bundle `name`."""
-    from mse_runtime.hub import resolve_bundle
+    from mse_runtime.bundle.hub import resolve_bundle
 
     return load_bundle(resolve_bundle(name))
 

@@ -128,9 +128,10 @@ def _atomic(path: Path, write: Callable[[Path], object]) -> None:
         with partial.open("rb") as handle:
             os.fsync(handle.fileno())
         partial.replace(path)
-    except OSError as error:
+    except Exception as error:  # torch and safetensors wrap the system's error in their own
         partial.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise MSEError(
-            f"{path} cannot be written ({error.strerror or error}). What was there before is kept; "
-            "make room and run the same command again."
+            f"{path} cannot be written ({reason}). Is the disk full? What was there before is "
+            "kept: make room and run the same command again."
         ) from error
