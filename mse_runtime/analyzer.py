@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 
 from mse_runtime import background
 from mse_runtime.bundle import Bundle, Task, load_bundle
+from mse_runtime.bundle.hub import resolve_bundle
 from mse_runtime.errors import UsageError
 from mse_runtime.features.normalise import prepare
 from mse_runtime.gguf import Gguf
-from mse_runtime.hub import resolve_bundle
 from mse_runtime.parity import generate
 from mse_runtime.placement import MB, Plan, check_gpu, free_vram, measured, plan
 from mse_runtime.prompt import Prompt, build, check_text

@@ -236,8 +236,8 @@ def _batch(arguments: tuple[str, ...], options: dict[str, Any]) -> None:
 
 def _features_only(arguments: tuple[str, ...], options: dict[str, Any]) -> None:
     from mse_runtime.bundle import load_bundle
+    from mse_runtime.bundle.hub import resolve_bundle
     from mse_runtime.features.extract import extract, save_npz
-    from mse_runtime.hub import resolve_bundle
 
     if len(arguments) != 1 or not options["output"]:
         raise UsageError(
@@ -282,7 +282,7 @@ def _explain(options: dict[str, Any]) -> None:
 def _plan_only(options: dict[str, Any]) -> None:
     from mse_runtime.analyzer import make_plan
     from mse_runtime.bundle import load_bundle
-    from mse_runtime.hub import resolve_bundle
+    from mse_runtime.bundle.hub import resolve_bundle
 
     bundle = load_bundle(resolve_bundle(options["bundle"], offline=options["offline"]))
     plan = make_plan(

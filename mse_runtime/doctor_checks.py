@@ -169,7 +169,7 @@ def kernels() -> Iterator[Finding]:
             fix = "pip install --force-reinstall --no-deps mse-runtime (needs a C++ compiler)"
         detail = "can run" if reason is None else f"cannot run: {reason}"
         yield Finding(name, "ok" if reason is None else "info", detail, fix)
-    from mse_runtime import adapter_auto
+    from mse_runtime.adapter import auto as adapter_auto
 
     for fact in cache.read_json(adapter_auto.FILE).values():
         if isinstance(fact, dict) and "backend" in fact:
@@ -185,7 +185,7 @@ def kernels() -> Iterator[Finding]:
 
 def bundles() -> Iterator[Finding]:
     from mse_runtime.bundle import load_bundle
-    from mse_runtime.hub import builtin_bundles, resolve_bundle
+    from mse_runtime.bundle.hub import builtin_bundles, resolve_bundle
 
     reinstall = "pip install --force-reinstall --no-deps mse-runtime"
     if not builtin_bundles():

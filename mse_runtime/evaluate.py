@@ -64,9 +64,9 @@ def mse_eval(**options: Any) -> None:
     warnings to stderr.
     """
     from mse_runtime.bundle import load_bundle
+    from mse_runtime.bundle.hub import resolve_bundle
     from mse_runtime.datasets import load_dataset
     from mse_runtime.evaluation import choose_task
-    from mse_runtime.hub import resolve_bundle
 
     if options["write"] and not options["fit_temperature"]:
         raise UsageError("--write stores a fitted temperature: add --fit-temperature.")

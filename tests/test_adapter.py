@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from mse_runtime import adapter, adapter_auto, cache
+from mse_runtime import cache
 from mse_runtime.adapter import (
     Adapter,
     AdapterInputError,
@@ -28,7 +28,9 @@ from mse_runtime.adapter import (
     kernel_reasons,
     open_adapter,
 )
-from mse_runtime.adapter_weights import load_weights, parameter_shapes
+from mse_runtime.adapter import auto as adapter_auto
+from mse_runtime.adapter import backends as adapter
+from mse_runtime.adapter.weights import load_weights, parameter_shapes
 from mse_runtime.bundle import AdapterInfo, Bundle, FileRef, MismatchError, load_bundle
 from mse_runtime.errors import BundleError, DeviceError, UsageError
 
@@ -478,14 +480,14 @@ def test_auto_survives_a_kernel_that_kills_the_process(
     """The first run dies in the kernel, in a process of its own; the next one avoids it."""
     code = (
         "import os, signal\n"
-        "from mse_runtime import adapter, adapter_auto\n"
+        "from mse_runtime.adapter import auto as adapter_auto, open_adapter\n"
         "from mse_runtime.bundle import load_bundle\n"
-        "real = adapter.open_backend\n"
+        "real = adapter_auto.open_backend\n"
         "def die(b, name, threads, provider):\n"
         "    if name == 'kernels-cpu': os.kill(os.getpid(), signal.SIGILL)\n"
         "    return real(b, name, threads, provider)\n"
         "adapter_auto.open_backend = die\n"
-        f"adapter.open_adapter(load_bundle({str(folder)!r}), 'auto')\n"
+        f"open_adapter(load_bundle({str(folder)!r}), 'auto')\n"
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
     assert child.returncode < 0, child.stderr

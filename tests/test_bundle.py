@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_fixtures import toy_gguf
 
-from mse_runtime import bundle_files, cache, manifest
+from mse_runtime import cache
 from mse_runtime.bundle import (
     Bundle,
     DamagedFileError,
@@ -26,9 +26,11 @@ from mse_runtime.bundle import (
     UnsafePathError,
     VersionError,
     load_bundle,
+    manifest,
 )
+from mse_runtime.bundle import files as bundle_files
+from mse_runtime.bundle.hub import builtin_bundles, resolve_bundle
 from mse_runtime.errors import BackboneError, BundleError, MSEError
-from mse_runtime.hub import builtin_bundles, resolve_bundle
 
 
 @pytest.fixture(scope="session")

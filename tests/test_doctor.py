@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from mse_runtime import adapter_auto, cache, doctor_checks, nvml
+from mse_runtime import cache, doctor_checks, nvml
+from mse_runtime.adapter import auto as adapter_auto
+from mse_runtime.bundle.hub import builtin_bundles
 from mse_runtime.doctor import examine
 from mse_runtime.doctor_checks import Finding, run_checks
-from mse_runtime.hub import builtin_bundles
 
 # Groups that must be there whatever is missing.
 GROUPS = {"machine", "gpu", "libraries", "onnx runtime", "llama.cpp", "bundles", "cache"}
@@ -189,7 +190,7 @@ def test_remembered_choices_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_damaged_builtin_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "manifest.json").write_text("{}")
-    monkeypatch.setattr("mse_runtime.hub.BUILTIN", tmp_path)
+    monkeypatch.setattr("mse_runtime.bundle.hub.BUILTIN", tmp_path)
     (finding,) = doctor_checks.bundles()
     assert finding.status == "error"
     assert "schema_version" in finding.detail

@@ -23,8 +23,8 @@ from mse_runtime.bundle import (
     UnsafePathError,
     load_bundle,
 )
+from mse_runtime.bundle.hub import ATTEMPTS, HubError, builtin_bundles, fetch_gguf, resolve_bundle
 from mse_runtime.errors import BundleError
-from mse_runtime.hub import ATTEMPTS, HubError, builtin_bundles, fetch_gguf, resolve_bundle
 
 REPO = "org/toy-bundle"
 
@@ -107,7 +107,7 @@ def test_bar_on_the_terminal(hub: HubServer, progress: bool) -> None:
     """stderr is a terminal of the test's own: the bar is there, and stdout stays clean."""
     controller, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 100))
-    code = f"import mse_runtime.hub as h; h.resolve_bundle({REPO!r}, progress={progress})"
+    code = f"import mse_runtime.bundle.hub as h; h.resolve_bundle({REPO!r}, progress={progress})"
     try:
         child = subprocess.run(
             [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=terminal, timeout=60
@@ -191,7 +191,7 @@ def test_killed_in_the_middle_goes_on_in_the_next_run(hub: HubServer, served: Pa
         handle.truncate(24 << 20)
     edit(served, "backbone.gguf", file_ref(served / "backbone.gguf"))
     hub.stalls["backbone.gguf"] = 22 << 20
-    code = f"import mse_runtime.hub as h; h.resolve_bundle({REPO!r}, progress=False)"
+    code = f"import mse_runtime.bundle.hub as h; h.resolve_bundle({REPO!r}, progress=False)"
     with subprocess.Popen([sys.executable, "-c", code]) as child:
         try:
             assert hub.stalled.wait(60)

@@ -27,7 +27,7 @@ from mse_runtime.bundle import (
     HubRef,
     Training,
 )
-from mse_runtime.bundle_files import file_sha256
+from mse_runtime.bundle.files import file_sha256
 from mse_runtime.errors import BundleError, UsageError
 
 __all__ = ["BackboneFile", "Parts", "WorkFolder", "write_bundle"]
@@ -173,7 +173,7 @@ def write_bundle(folder: Path, parts: Parts) -> Bundle:
 
 def write_manifest(bundle: Bundle, backbone: BackboneFile) -> None:
     """Manifest and model card; checked by the runtime's own parser first."""
-    from mse_runtime import manifest
+    from mse_runtime.bundle import manifest
 
     plain = bundle.to_dict()
     manifest.parse(json.loads(json.dumps(plain)), str(bundle.path / MANIFEST))

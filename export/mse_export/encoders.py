@@ -7,12 +7,9 @@ against PyTorch, and named by its own hash, so features of another checkpoint ca
 from __future__ import annotations
 
 import json
-import logging
 import math
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +19,9 @@ import onnx
 from onnx import TensorProto, helper
 
 from mse_export.hf_folder import read_config
+from mse_export.quiet import quiet
 from mse_runtime.bundle import EncoderInfo, FeatureInput, FeatureInputs
-from mse_runtime.bundle_files import file_sha256
+from mse_runtime.bundle.files import file_sha256
 from mse_runtime.errors import BundleError
 
 __all__ = ["encoder_width", "export_audio_encoder", "export_face_encoder", "with_encoders"]
@@ -53,6 +51,12 @@ def export_audio_encoder(folder: Path, target: Path) -> EncoderInfo:
     _kind(folder, config, AUDIO_TYPES)
     processor = _processor(folder)
     receptive, stride = 1, 1
+    for name in ("conv_kernel", "conv_stride", "hidden_size"):
+        if name not in config:
+            raise BundleError(
+                f"{folder / 'config.json'} has no {name!r}, so it is not a complete speech encoder. "
+                "Download the folder again."
+            )
     for kernel, step in zip(config["conv_kernel"], config["conv_stride"], strict=True):
         receptive += (int(kernel) - 1) * stride
         stride *= int(step)
@@ -146,7 +150,7 @@ def _image_size(processor: Mapping[str, Any], config: Mapping[str, Any]) -> int:
 def _export(folder: Path, path: Path, output: str, example: np.ndarray[Any, Any]) -> None:
     import torch
 
-    with _quiet(), tempfile.TemporaryDirectory(prefix="mse-encoder-") as scratch:
+    with quiet(), tempfile.TemporaryDirectory(prefix="mse-encoder-") as scratch:
         model = _load(folder)
         from optimum.exporters.onnx import onnx_export_from_model
 
@@ -232,23 +236,3 @@ def _compare(path: Path, example: np.ndarray[Any, Any], expected: np.ndarray[Any
 def _entry(prefix: str, path: Path, config: Mapping[str, Any]) -> EncoderInfo:
     digest = file_sha256(path)
     return EncoderInfo(f"{prefix}:{digest[:16]}", path.name, path.stat().st_size, digest, config)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporters' warnings are about their own internals."""
-    # Imported first: the import itself sets its logger's level.
-    import optimum.exporters.onnx  # noqa: F401
-    import transformers  # noqa: F401
-
-    loggers = [logging.getLogger(name) for name in ("transformers", "optimum", "torch.onnx")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

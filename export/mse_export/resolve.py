@@ -91,7 +91,7 @@ def _folder(path: Path, synthetic: bool) -> Source:
 
 
 def _tiny(synthetic: bool) -> Source:
-    from mse_runtime.hub import resolve_bundle
+    from mse_runtime.bundle.hub import resolve_bundle
 
     if synthetic:
         raise UsageError("tiny is built in and needs no --synthetic: mse-run uses it by default.")

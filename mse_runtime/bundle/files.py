@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mse_runtime import cache
-from mse_runtime.bundle import (
+from mse_runtime.bundle.schema import (
     Bundle,
     DamagedFileError,
     FileRef,
@@ -21,7 +21,7 @@ from mse_runtime.bundle import (
 from mse_runtime.errors import BundleError
 
 if TYPE_CHECKING:
-    from mse_runtime.bundle import FeatureInput
+    from mse_runtime.bundle.schema import FeatureInput
 
 __all__ = ["check_file", "check_files", "check_gguf", "check_specs", "file_sha256", "files"]
 

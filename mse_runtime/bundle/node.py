@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any, NoReturn, TypeVar
 
-from mse_runtime.bundle import ManifestError, UnsafePathError
+from mse_runtime.bundle.schema import ManifestError, UnsafePathError
 
 __all__ = ["Node", "manifest_error"]
 

@@ -17,12 +17,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mse_runtime.bundle import MANIFEST, DamagedFileError, FileRef, HubRef, MissingFileError
+from mse_runtime.bundle.schema import MANIFEST, DamagedFileError, FileRef, HubRef, MissingFileError
 from mse_runtime.errors import BundleError
 
 __all__ = ["HubError", "builtin_bundles", "fetch_gguf", "resolve_bundle"]
 
-BUILTIN = Path(__file__).resolve().parent / "data" / "bundles"
+BUILTIN = Path(__file__).resolve().parent.parent / "data" / "bundles"
 REPO_NAME = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>\w[\w./-]*))?", re.ASCII
 )
@@ -80,12 +80,12 @@ def fetch_gguf(ref: HubRef, *, offline: bool = False, progress: bool = True) -> 
 
 
 def _fetch_bundle(repository: _Repository) -> Path:
-    from mse_runtime import bundle_files, manifest
+    from mse_runtime.bundle import files, manifest
 
     folder = repository.fetch(MANIFEST).parent
     # From here on by commit, so that all files belong together even if the branch moves on.
     repository.revision = folder.name
-    for ref in bundle_files.files(manifest.read(folder)):
+    for ref in files.files(manifest.read(folder)):
         _check_download(repository.fetch(ref.file), ref)
     try:
         repository.fetch("README.md")
@@ -96,7 +96,7 @@ def _fetch_bundle(repository: _Repository) -> Path:
 
 def _check_download(path: Path, ref: FileRef | HubRef) -> None:
     """Check a downloaded file; a damaged one is removed so that the next run fetches it again."""
-    from mse_runtime.bundle_files import check_file
+    from mse_runtime.bundle.files import check_file
 
     try:
         check_file(path, ref.size, ref.sha256)

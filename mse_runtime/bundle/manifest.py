@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mse_runtime.bundle import (
+from mse_runtime.bundle.node import Node, manifest_error
+from mse_runtime.bundle.schema import (
     MANIFEST,
     SCHEMA_VERSION,
     AdapterInfo,
@@ -32,7 +33,6 @@ from mse_runtime.bundle import (
     Training,
     VersionError,
 )
-from mse_runtime.manifest_node import Node, manifest_error
 
 __all__ = ["parse", "read"]
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mse_runtime import cache
-from mse_runtime.adapter import Adapter, Inputs, Provider, open_backend
+from mse_runtime.adapter.backends import Adapter, Inputs, Provider, open_backend
 from mse_runtime.bundle import Bundle
 from mse_runtime.errors import DeviceError, MSEError
 

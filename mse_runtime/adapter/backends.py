@@ -8,7 +8,7 @@ kernels, `numpy` the plain reference; `auto` picks by a measurement on this mach
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ __all__ = [
     "OnnxAdapter",
     "Provider",
     "check_inputs",
-    "open_adapter",
+    "open_backend",
 ]
 
 Backend = Literal["auto", "onnx", "kernels-cpu", "kernels-cuda", "numpy"]
@@ -159,29 +159,6 @@ class KernelAdapter(_Checked):
         self._kernel.close()
 
 
-def open_adapter(
-    bundle: Bundle, backend: str = "auto", threads: int = 1, provider: Provider = "cpu"
-) -> Adapter:
-    """Open the bundle's adapter.
-
-    `provider` "cuda" asks for the GPU (ONNX Runtime's CUDA provider or `kernels-cuda`); it is never
-    replaced by the CPU in silence. Raises `DeviceError` for a backend or device that cannot be
-    used, `BundleError` for files that are not this bundle's adapter.
-    """
-    if backend not in get_args(Backend):
-        raise UsageError(
-            f"There is no adapter backend {backend!r}. The backends are: "
-            f"{', '.join(get_args(Backend))}."
-        )
-    if threads < 1:
-        raise UsageError(f"The adapter needs at least 1 thread, not {threads}.")
-    if backend == "auto":
-        from mse_runtime.adapter_auto import open_best
-
-        return open_best(bundle, threads, provider)
-    return open_backend(bundle, backend, threads, provider)
-
-
 def open_backend(bundle: Bundle, backend: str, threads: int, provider: Provider) -> Adapter:
     """One named backend, opened."""
     if backend == "onnx":
@@ -191,7 +168,7 @@ def open_backend(bundle: Bundle, backend: str, threads: int, provider: Provider)
             f"The adapter backend {backend} runs on the CPU only, but the GPU was asked for. Use "
             "--adapter onnx or --adapter kernels-cuda."
         )
-    from mse_runtime.adapter_weights import load_weights
+    from mse_runtime.adapter.weights import load_weights
 
     weights = load_weights(bundle)
     if backend == "numpy":

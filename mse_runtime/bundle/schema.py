@@ -35,7 +35,6 @@ __all__ = [
     "Training",
     "UnsafePathError",
     "VersionError",
-    "load_bundle",
 ]
 
 SCHEMA_VERSION = "1.0"
@@ -297,30 +296,6 @@ class Bundle:
                 f"{ref.file}), and it has not been downloaded. Open the bundle with load_bundle."
             )
         return self.hub_gguf
-
-
-def load_bundle(path: Path | str, *, offline: bool = False, progress: bool = True) -> Bundle:
-    """The bundle in the folder `path`, checked.
-
-    Sizes are always checked, SHA-256 on the first load of a file on this machine, dimensions
-    against the GGUF's header and the feature specs. A language model that the manifest refers to
-    on the hub is downloaded first (`offline`: taken from the hub's cache only).
-
-    Raises a subclass of `BundleError` per fault; writes nothing but the cache folder.
-    """
-    from mse_runtime import bundle_files, manifest
-
-    folder = Path(path).expanduser()
-    bundle = dataclasses.replace(manifest.read(folder), path=folder)
-    bundle_files.check_specs(bundle)
-    bundle_files.check_files(bundle)
-    if isinstance(bundle.backbone.gguf, HubRef):
-        from mse_runtime import hub
-
-        gguf = hub.fetch_gguf(bundle.backbone.gguf, offline=offline, progress=progress)
-        bundle = dataclasses.replace(bundle, hub_gguf=gguf)
-    bundle_files.check_gguf(bundle)
-    return bundle
 
 
 def _plain(value: Any) -> Any:
