@@ -329,6 +329,8 @@ def _print_plan(rows: list[tuple[str, ...]], title: str, stream: Any) -> None:
 
 def main() -> None:
     """Entry point: errors become one paragraph on stderr and the documented exit code."""
+    # This process is ours: NumPy sees small matrices only, and its BLAS workers would just spin.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         run(standalone_mode=False)
     except MSEError as error:

@@ -81,9 +81,7 @@ class LabelTrie:
             _steps=steps,
         )
 
-    def log_probabilities(
-        self, first: Logits, tree: Logits | None, temperature: float = 1.0
-    ) -> Probabilities:
+    def log_probabilities(self, first: Logits, tree: Logits | None) -> Probabilities:
         """Log-probability of every label [n_labels], normalised over the labels.
 
         `first` [n_vocab] are the logits after the prefix, `tree` [n, n_vocab] those after each of
@@ -92,7 +90,7 @@ class LabelTrie:
         scores = np.zeros(self.n_labels)
         for place, tokens, under in self._steps:
             row = first if place == ROOT or tree is None else tree[place]
-            logits = row[list(tokens)].astype(np.float64) / temperature
+            logits = row[list(tokens)].astype(np.float64)
             logits -= np.logaddexp.reduce(logits)
             for value, labels in zip(logits, under, strict=True):
                 scores[list(labels)] += value

@@ -52,8 +52,7 @@ class Answer:
     Regression: `value` is the expected value, `mode` the most probable number, `std` the
     distribution's standard deviation, `distribution` [(number, probability)] in rising order;
     `label` words the value and `probabilities` sums negative, neutral and positive numbers.
-    `log_scores` [n_labels] are before normalisation by temperature fitting (at the task's own
-    temperature), in label order.
+    `log_scores` [n_labels] are the labels' log-probabilities before the temperature, in order.
     """
 
     value: float | None
@@ -111,12 +110,16 @@ class Readout:
         tree = (
             backbone.decode_tree(trie.tokens, trie.parents, seq=seq) if len(trie.tokens) else None
         )
-        chosen = self.task.temperature if temperature is None else temperature
-        return self.answer(trie.log_probabilities(first, tree, chosen))
+        return self.answer(trie.log_probabilities(first, tree), temperature)
 
-    def answer(self, log_scores: NDArray[np.float64]) -> Answer:
-        """The answer for log-probabilities over the labels."""
-        weights = np.exp(log_scores - log_scores.max())
+    def answer(self, log_scores: NDArray[np.float64], temperature: float | None = None) -> Answer:
+        """The answer for log-probabilities over the labels.
+
+        The temperature acts on the labels as a whole, as it was fitted (Guo et al. 2017), not on
+        each token of a number.
+        """
+        tempered = log_scores / (self.task.temperature if temperature is None else temperature)
+        weights = np.exp(tempered - tempered.max())
         weights /= weights.sum()
         if self.task.kind == "classification":
             names = [label.name for label in self.task.labels]

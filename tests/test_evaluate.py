@@ -194,7 +194,6 @@ def test_the_fitted_temperature_is_stored_and_used(run: Run, data: Path, own_bun
     assert list(warm.values()) == pytest.approx(list(expected), abs=1e-6)
 
 
-@pytest.mark.xfail(reason="the runtime tempers each branch of the number trie", strict=False)
 def test_a_scale_is_tempered_as_the_report_assumes(data: Path, own_bundle: Path) -> None:
     """One temperature over the whole distribution, not one per token of a number."""
     from mse_runtime.analyzer import Analyzer
