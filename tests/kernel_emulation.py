@@ -21,6 +21,7 @@ __all__ = ["HostDevice", "build_emulation"]
 
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
 Bytes = npt.NDArray[np.uint8]
+GUARD = 1024
 
 
 def build_emulation(folder: Path, *flags: str) -> ctypes.CDLL:
@@ -63,16 +64,18 @@ class HostDevice:
         pass
 
     def alloc(self, nbytes: int) -> int:
-        # All bits set are NaNs: what is read before it was written shows in the result.
-        array = np.full(max(nbytes, 4), 0xFF, np.uint8)
+        # All bits set are NaNs: what is read before it was written, or beyond the end, shows in the
+        # result; what is written beyond the end is found by `free`.
+        array = np.full(nbytes + GUARD, 0xFF, np.uint8)
         self._memory[array.ctypes.data] = array
         return int(array.ctypes.data)
 
     def free(self, address: int) -> None:
-        del self._memory[address]
+        guard = self._memory.pop(address)[-GUARD:]
+        assert (guard == 0xFF).all(), "a kernel wrote beyond its buffer"
 
     def upload(self, address: int, array: npt.NDArray[Any]) -> None:
-        assert array.nbytes <= self._memory[address].nbytes
+        assert array.nbytes <= self._memory[address].nbytes - GUARD
         self._memory[address][: array.nbytes] = array.reshape(-1).view(np.uint8)
 
     def staging(self, nbytes: int) -> Bytes:
@@ -82,11 +85,11 @@ class HostDevice:
         pass
 
     def copy_in(self, address: int, staged: Bytes) -> None:
-        assert staged.nbytes <= self._memory[address].nbytes
+        assert staged.nbytes <= self._memory[address].nbytes - GUARD
         ctypes.memmove(address, staged.ctypes.data, staged.nbytes)
 
     def copy_out(self, staged: Bytes, address: int) -> None:
-        assert staged.nbytes <= self._memory[address].nbytes
+        assert staged.nbytes <= self._memory[address].nbytes - GUARD
         ctypes.memmove(staged.ctypes.data, address, staged.nbytes)
 
     def launch(

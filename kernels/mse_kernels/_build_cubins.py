@@ -138,16 +138,21 @@ def _packed(image: bytes) -> bytes:
     return gzip.compress(image, 9, mtime=0)
 
 
+def version(lib: ctypes.CDLL) -> str:
+    """NVRTC's version, "12.9"."""
+    major, minor = c_int(), c_int()
+    lib.nvrtcVersion(byref(major), byref(minor))
+    return f"{major.value}.{minor.value}"
+
+
 def build(folder: Path = FOLDER) -> dict[str, Any]:
     """Write every target's cubin, the PTX and `index.json`; returns the index."""
     lib = load_nvrtc()
-    major, minor = c_int(), c_int()
-    lib.nvrtcVersion(byref(major), byref(minor))
     source = source_path().read_bytes()
     folder.mkdir(parents=True, exist_ok=True)
     index: dict[str, Any] = {
         "source_sha256": source_hash(source_path()),
-        "nvrtc": f"{major.value}.{minor.value}",
+        "nvrtc": version(lib),
         "images": {},
     }
     for target in TARGETS:
