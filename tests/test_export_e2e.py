@@ -141,8 +141,13 @@ def features(golden: Golden, name: str) -> NDArray[np.float32]:
     return values
 
 
-def prompt_rows(golden: Golden, bundle: Bundle, model: Backbone) -> Iterator[NDArray[np.float32]]:
-    """Each sample's rows, as the runtime builds them; ids, pseudo tokens and rows checked."""
+def prompt_rows(
+    golden: Golden, bundle: Bundle, model: Backbone, tolerance: float = 1e-5
+) -> Iterator[NDArray[np.float32]]:
+    """Each sample's rows, as the runtime builds them; ids, pseudo tokens and rows checked.
+
+    A quantised embedding table moves the rows, and through the text the pseudo tokens.
+    """
     adapter = open_adapter(bundle, "onnx")
     audio, video = features(golden, "audio"), features(golden, "video")
     task, io = bundle.task, golden.io
@@ -158,10 +163,10 @@ def prompt_rows(golden: Golden, bundle: Bundle, model: Backbone) -> Iterator[NDA
             model.embed(built.text_ids)[None],
             np.array([len(built.text_ids)], np.int64),
         )[0]
-        assert relative_error(pseudo, io["pseudo"][i]) <= 1e-5
+        assert relative_error(pseudo, io["pseudo"][i]) <= tolerance
         rows = built.rows(model.embed, pseudo)
         assert rows.shape == io["inputs_embeds"][i].shape
-        assert relative_error(rows, io["inputs_embeds"][i]) <= 1e-5
+        assert relative_error(rows, io["inputs_embeds"][i]) <= tolerance
         yield rows
 
 
@@ -228,7 +233,7 @@ def test_q8_0(
     with Backbone.open(
         bundle.gguf_path(), n_ctx=256, threads=1, flash_attention=False, low_memory=True
     ) as model:
-        for i, rows in enumerate(prompt_rows(golden, bundle, model)):
+        for i, rows in enumerate(prompt_rows(golden, bundle, model, 0.01)):
             found = forced(model, rows, golden.path[i])
             for step, reference in enumerate(golden.logits[i]):
                 second, first = np.sort(reference)[-2:]

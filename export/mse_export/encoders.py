@@ -54,8 +54,8 @@ def export_audio_encoder(folder: Path, target: Path) -> EncoderInfo:
     for name in ("conv_kernel", "conv_stride", "hidden_size"):
         if name not in config:
             raise BundleError(
-                f"{folder / 'config.json'} has no {name!r}, so it is not a complete speech encoder. "
-                "Download the folder again."
+                f"{folder / 'config.json'} has no {name!r}, so it is not a complete speech "
+                "encoder. Download the folder again."
             )
     for kernel, step in zip(config["conv_kernel"], config["conv_stride"], strict=True):
         receptive += (int(kernel) - 1) * stride
