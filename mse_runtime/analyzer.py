@@ -236,13 +236,16 @@ class Analyzer:
             prompt = build(
                 backbone, task.prompt, self.bundle.text, text, self.bundle.adapter.n_pseudo
             )
+            trie = readout.trie
+            room = len(prompt) + len(trie.prefix) + len(trie.tokens) + task.max_new_tokens
+            backbone.reserve(room, trie.n_paths)
             try:
                 with watch.stage("prefill"):
                     pending = self._prefill_early(backbone, prompt)
                 found = features.result()
                 with watch.stage("adapter"):
                     pseudo = self._pseudo(backbone, prompt, found)
-                forced = readout.trie.prefix
+                forced = trie.prefix
                 tail = prompt.late if parity else np.concatenate([prompt.late, forced])
                 with watch.stage("prefill"):
                     rows = [backbone.embed(pending), pseudo, backbone.embed(tail)]
@@ -400,12 +403,22 @@ def default_threads(bundle: Bundle) -> int | None:
 
 
 def positions(bundle: Bundle) -> int:
-    """Upper bound on the positions one utterance needs: at most one id a byte."""
+    """Positions one utterance needs, estimated before there is a tokeniser.
+
+    Two characters of ASCII to a token is more than any of the known vocabularies needs, and other
+    scripts may fall back to bytes. Where it is not enough, `Backbone.reserve` makes room.
+    """
     fixed = max(
-        sum(len((segment.text or "").encode()) + 1 for segment in task.prompt) + task.max_new_tokens
+        sum(2 + estimate_tokens(segment.text or "") for segment in task.prompt)
+        + task.max_new_tokens
         for task in bundle.tasks.values()
     )
     return fixed + bundle.text.max_tokens + bundle.adapter.n_pseudo
+
+
+def estimate_tokens(text: str) -> int:
+    ascii_letters = sum(char.isascii() for char in text)
+    return ascii_letters // 2 + len(text.encode()) - ascii_letters
 
 
 def vram_mb(buffers_mib: dict[str, float]) -> float | None:
