@@ -45,7 +45,6 @@ class LabelTrie:
     tokens: NDArray[np.int32]
     parents: NDArray[np.int32]
     n_labels: int
-    depth: int
     n_paths: int
     _steps: tuple[tuple[int, tuple[int, ...], tuple[tuple[int, ...], ...]], ...]
 
@@ -76,7 +75,6 @@ class LabelTrie:
             tokens=np.array([nodes[n].token for n in inner], np.int32),
             parents=np.array([place[nodes[n].parent] for n in inner], np.int32),
             n_labels=len(labels),
-            depth=max(len(ids) for ids in labels),
             n_paths=len(leaves),
             _steps=steps,
         )
