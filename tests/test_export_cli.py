@@ -337,3 +337,36 @@ def test_random_adapters_differ_by_seed(gguf: Path, tmp_path: Path) -> None:
     name = "text_guide_mixer.text_mlp.weight"
     assert np.array_equal(weights[0][name], weights[1][name])
     assert not np.array_equal(weights[0][name], weights[2][name])
+
+
+def test_what_mse_train_wrote_is_kept(gguf: Path, tmp_path: Path) -> None:
+    """Prompt, feature statistics, training note and metrics come from the checkpoint."""
+    import dataclasses
+
+    from safetensors.torch import save_file
+
+    profile = profiles.ours("llama", 7)
+    audio = dataclasses.replace(profile.features.audio, mean=(0.5,) * 13, std=(2.0,) * 13)
+    profile = dataclasses.replace(
+        profile, name="mine", features=dataclasses.replace(profile.features, audio=audio)
+    )
+    about = {
+        "profile": dataclasses.asdict(profile),
+        "training": {"status": "trained", "note": "my data, 12 samples"},
+        "validation": {"MAE": 0.5, "Corr": 0.75},
+    }
+    adapter = init_random(AdapterDims(64, 13, 167), 0)
+    path = tmp_path / "mine.safetensors"
+    save_file(adapter.state_dict(), path, {k: json.dumps(v) for k, v in about.items()})
+    out = tmp_path / "out"
+    result = run("--backbone", gguf, "--adapter", path, "-o", out)
+    assert result.exit_code == 0, result.exception
+    bundle = load_bundle(out)
+    assert bundle.features.audio.mean == (0.5,) * 13
+    assert bundle.text.pad_id == 7
+    assert bundle.training.note == "my data, 12 samples"
+    assert bundle.parity["validation"] == about["validation"]
+    assert "| MAE | 0.5000 |" in (out / "README.md").read_text()
+    fails(
+        "trained with the layout", 2, "--backbone", gguf, "--adapter", path, "--layout", "published"
+    )

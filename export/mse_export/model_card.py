@@ -55,6 +55,7 @@ def model_card(bundle: Bundle, source: str, licence: str) -> str:
         "",
         *(_parity(bundle.parity) or ["Not verified (--no-verify)."]),
         "",
+        *_validation(bundle.parity),
         "## Limits",
         "",
         "- The answer is the model's guess about an expression, not a fact about a person's "
@@ -78,6 +79,15 @@ def _task_line(name: str, task: Task) -> str:
         return f"- `{name}` ({task.language}): a number {grid}"
     labels = ", ".join(label.name for label in task.labels)
     return f"- `{name}` ({task.language}): one of {labels}"
+
+
+def _validation(parity: Mapping[str, Any]) -> list[str]:
+    """Metrics of the best epoch, as mse-train left them in the checkpoint."""
+    metrics = parity.get("validation")
+    if not isinstance(metrics, Mapping) or not metrics:
+        return []
+    rows = [f"| {name} | {value:.4f} |" for name, value in metrics.items()]
+    return ["## Validation split at training", "", "| metric | |", "|---|---|", *rows, ""]
 
 
 def _parity(parity: Mapping[str, Any]) -> list[str]:

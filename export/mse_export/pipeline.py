@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,7 +62,9 @@ class _Adapter:
     state: Mapping[str, Any]
     dims: AdapterDims
     training: Training
-    metadata: Mapping[str, Any]
+    profile: Profile | None = None
+    """What mse-train wrote beside the weights."""
+    validation: Mapping[str, Any] = field(default_factory=dict)
 
 
 def export(request: Request, watcher: Watcher | None = None) -> Result:
@@ -82,7 +84,7 @@ def export(request: Request, watcher: Watcher | None = None) -> Result:
 
         note = f"random initialisation, seed {request.seed}"
         state: Mapping[str, Any] = init_random(dims, request.seed).state_dict()
-        adapter = _Adapter(state, dims, Training("untrained", note), {})
+        adapter = _Adapter(state, dims, Training("untrained", note))
     else:
         adapter = checkpoint
         _check_fit(adapter.dims, dims, source, profile)
@@ -92,8 +94,9 @@ def export(request: Request, watcher: Watcher | None = None) -> Result:
     with WorkFolder(output, force=request.force) as work:
         gguf = _make_gguf(source, target_quant, profile, work, request, watcher)
         watcher.stage("Writing adapter and manifest")
-        pad_id = _pad_id(source, gguf, profile)
-        profile = replace(profile, text=replace(profile.text, pad_id=pad_id))
+        if adapter.profile is None or request.dataset is not None:
+            pad_id = _pad_id(source, gguf, profile)
+            profile = replace(profile, text=replace(profile.text, pad_id=pad_id))
         profile, encoders = _export_encoders(request, profile, work.path, watcher)
         parts = Parts(
             name=request.name or output.name.removesuffix("-bundle"),
@@ -103,6 +106,7 @@ def export(request: Request, watcher: Watcher | None = None) -> Result:
             training=adapter.training,
             precision=request.onnx_precision,
             encoders=encoders,
+            parity={"validation": dict(adapter.validation)} if adapter.validation else {},
         )
         bundle = write_bundle(work.path, parts)
         if request.verify:
@@ -112,7 +116,7 @@ def export(request: Request, watcher: Watcher | None = None) -> Result:
             folder = source.path if source.kind == "folder" else None
             report = verify(bundle, folder=folder, threads=request.threads, watcher=watcher)
             warnings += report.warnings
-            bundle = with_parity(bundle, gguf, report.to_dict())
+            bundle = with_parity(bundle, gguf, {**bundle.parity, **report.to_dict()})
             report.raise_if_failed()
         path = work.commit()
     return Result(replace(bundle, path=path), path, tuple(warnings))
@@ -166,9 +170,19 @@ def _read_adapter(request: Request, warnings: list[str]) -> _Adapter | None:
             f"{len(checkpoint.ignored)} keys of the checkpoint are not the adapter's and were "
             f"ignored (first: {checkpoint.ignored[0]})."
         )
-    note = f"weights from {request.adapter.name}"
+    from mse_export.training.about import profile_from_metadata
+
+    about = checkpoint.metadata
+    said = about.get("training") if isinstance(about.get("training"), dict) else {}
+    validation = about.get("validation")
     return _Adapter(
-        checkpoint.state, checkpoint.dims, Training("trained", note), checkpoint.metadata
+        checkpoint.state,
+        checkpoint.dims,
+        Training(
+            "trained", str((said or {}).get("note") or f"weights from {request.adapter.name}")
+        ),
+        profile_from_metadata(about),
+        validation if isinstance(validation, dict) else {},
     )
 
 
@@ -177,6 +191,13 @@ def choose_profile(
 ) -> Profile:
     """The profile: asked for, or guessed from the adapter's widths, or ours for raw clips."""
     family = profiles.family_of(arch)
+    if request.dataset is None and adapter is not None and adapter.profile is not None:
+        if request.layout not in (None, adapter.profile.layout):
+            raise UsageError(
+                f"The adapter was trained with the layout {adapter.profile.layout!r}; another one "
+                "would not fit it. Leave --layout out."
+            )
+        return adapter.profile
     if request.dataset == "clips" or (request.dataset is None and request.layout == "pseudo-last"):
         return _ours(family, adapter)
     dataset = request.dataset
