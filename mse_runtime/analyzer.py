@@ -27,7 +27,7 @@ from mse_runtime.errors import UsageError
 from mse_runtime.features.normalise import prepare
 from mse_runtime.gguf import Gguf
 from mse_runtime.parity import generate
-from mse_runtime.placement import MB, Plan, check_gpu, free_vram, measured, plan
+from mse_runtime.placement import MB, Plan, check_gpu, free_vram, measured, open_planned, plan
 from mse_runtime.prompt import Prompt, build, check_text
 from mse_runtime.readout import Readout
 from mse_runtime.result import Prediction, Stopwatch
@@ -347,16 +347,14 @@ class Analyzer:
         return self._readouts[name]
 
     def _load_backbone(self) -> Backbone:
-        from mse_runtime.backbone import Backbone
-
         before = time.perf_counter()
         plan = self.plan
         plan.check_ram()
-        backbone = Backbone.open(
+        backbone = open_planned(
             self.bundle.gguf_path(),
+            plan,
             n_ctx=positions(self.bundle),
             threads=self.threads or default_threads(self.bundle),
-            n_gpu_layers=plan.n_gpu_layers,
             low_memory=self._low_memory,
         )
         if self._require_gpu:
@@ -385,6 +383,7 @@ def make_plan(
             low_memory=low_memory,
             n_gpu_layers=n_gpu_layers,
             free_vram=free_vram(),
+            positions=positions(bundle),
             adapter=bundle.adapter.onnx.size,
             features=FEATURE_BYTES,
         )
