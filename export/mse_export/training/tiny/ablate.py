@@ -27,7 +27,7 @@ def variants(base: AdapterSchedule) -> dict[str, AdapterSchedule]:
         "P = 1": replace(base, pseudo=1),
         "P = 2": replace(base, pseudo=2),
         "P = 8": replace(base, pseudo=8),
-        "own sentences only": replace(base, fresh_text=0.0),
+        "own words and voices only": replace(base, fresh_text=0.0, fresh_voice=0.0),
     }
 
 

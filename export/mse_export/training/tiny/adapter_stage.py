@@ -1,7 +1,8 @@
 """Fitting the adapter to the frozen language model, both tasks in one adapter.
 
-Face and voice do not depend on the words, so half of the time a clip's media are paired with a
-fresh sentence of the grammar and labelled anew: far more combinations than clips. Modality
+Face and voice do not depend on the words, nor (but for the lips) on each other, so half of the time
+a clip's face is paired with another clip's voice and a fresh sentence of the grammar, and labelled
+anew: far more combinations than clips. Modality
 dropout uses length 0, which is how the runtime tells the adapter that something is missing.
 """
 
@@ -12,21 +13,22 @@ import math
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from mse_export.adapter import Adapter
-from mse_export.adapter_shapes import AdapterDims
+from mse_export.adapter_shapes import FUSION_WIDTH, AdapterDims
 from mse_export.training.tiny.corpus import Example
 from mse_export.training.tiny.layout import Layout
+from mse_export.training.tiny.lexicon import EMOTIONS
 from mse_export.training.tiny.model import TinyLlama
-from mse_export.training.tiny.prompter import Item, Prompter
+from mse_export.training.tiny.prompter import Item, Prompter, padded
 from mse_export.training.tiny.readout import expected, read_emotions, read_numbers
 from mse_export.training.tiny.world import fused_emotion, fused_sentiment
 
@@ -47,10 +49,15 @@ class AdapterSchedule:
     layout: Layout = "pseudo-last"
     seed: int = 0
     fresh_text: float = 0.5
+    """Share of examples with a sentence that no clip says."""
+    fresh_voice: float = 0.5
+    """Share of examples whose voice is another clip's."""
     mixer: bool = True
     """False leaves the text out of the text-guided mixer (its gate becomes a constant)."""
     single_scale: bool = False
     """True keeps one expert of the three."""
+    warm_up: int = 300
+    """Steps in which the encoders alone learn what the actors show, before the first prompt."""
     drop_audio: float = 0.1
     drop_face: float = 0.1
     drop_both: float = 0.05
@@ -66,27 +73,18 @@ def _augment(item: Item, rng: np.random.Generator) -> Item:
         noise = rng.normal(0, 0.1, part.shape)
         return np.asarray(part + shift + noise, np.float32)
 
-    return Item(
-        audio=shake(item.audio, 0.2),
-        face=shake(item.face, 0.15),
-        ids=item.ids,
-        valence=item.valence,
-        emotion=item.emotion,
-        media=item.media,
-        identity=item.identity,
-    )
+    return replace(item, audio=shake(item.audio, 0.2), face=shake(item.face, 0.15))
 
 
 def _with_text(item: Item, sentence: Example) -> Item:
-    return Item(
-        item.audio,
-        item.face,
-        sentence.ids,
-        sentence.valence,
-        sentence.emotion,
-        item.media,
-        item.identity,
+    return replace(item, ids=sentence.ids, valence=sentence.valence, emotion=sentence.emotion)
+
+
+def _with_voice(item: Item, other: Item) -> Item:
+    heard = replace(
+        item.media, voice=other.media.voice, voice_intensity=other.media.voice_intensity
     )
+    return replace(item, audio=other.audio, media=heard)
 
 
 def _new_adapter(model: TinyLlama, schedule: AdapterSchedule, widths: tuple[int, int]) -> Adapter:
@@ -104,12 +102,66 @@ def _new_adapter(model: TinyLlama, schedule: AdapterSchedule, widths: tuple[int,
     # The mixer multiplies: started at one it passes the media through.
     nn.init.normal_(adapter.text_guide_mixer.text_mlp.weight, 0.0, 0.02)
     nn.init.ones_(adapter.text_guide_mixer.text_mlp.bias)
+    # Pseudo tokens of the embeddings' size from the first step on.
+    nn.init.normal_(adapter.mutli_scale_fusion.multi_scale_projector.weight, 0.0, 0.15)
     if schedule.single_scale:
         for name in ("scale2", "scale3"):
             for parameter in adapter.mutli_scale_fusion.get_submodule(name).parameters():
                 nn.init.zeros_(parameter)
                 parameter.requires_grad_(False)
     return adapter
+
+
+class _Teacher(nn.Module):
+    """Auxiliary heads on the two encoders, thrown away after fitting."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        super().__init__()
+        self.adapter = [adapter]  # in a list: its parameters are not this module's
+        self.face = nn.Linear(FUSION_WIDTH, 1 + len(EMOTIONS))
+        self.voice = nn.Linear(FUSION_WIDTH, 1 + len(EMOTIONS))
+
+    def loss(self, batch: Sequence[Item]) -> Tensor:
+        """Valence and emotion from the face, arousal and emotion from the voice."""
+        adapter, media = self.adapter[0], [i.media for i in batch]
+        face, voice = padded([i.face for i in batch]), padded([i.audio for i in batch])
+        seen = self.face(adapter.video_LSTM(face, torch.tensor([len(i.face) for i in batch])))
+        heard = self.voice(adapter.audio_LSTM(voice, torch.tensor([len(i.audio) for i in batch])))
+        return (
+            functional.smooth_l1_loss(seen[:, 0], torch.tensor([m.valence / 2 for m in media]))
+            + functional.smooth_l1_loss(heard[:, 0], torch.tensor([m.arousal * 2 for m in media]))
+            + 0.3 * functional.cross_entropy(seen[:, 1:], torch.tensor([m.face for m in media]))
+            + 0.3 * functional.cross_entropy(heard[:, 1:], torch.tensor([m.voice for m in media]))
+        )
+
+
+def _warm_up(
+    teacher: _Teacher,
+    training: Sequence[Item],
+    schedule: AdapterSchedule,
+    rng: random.Random,
+    noise: np.random.Generator,
+) -> None:
+    adapter = teacher.adapter[0]
+    weights = [
+        *teacher.parameters(),
+        *adapter.audio_LSTM.parameters(),
+        *adapter.video_LSTM.parameters(),
+    ]
+    optimiser = torch.optim.AdamW(weights, lr=3e-3, weight_decay=0.05)
+    total = 0.0
+    for step in range(schedule.warm_up):
+        for group in optimiser.param_groups:
+            group["lr"] = 3e-3 * (0.1 + 0.9 * (1 - step / schedule.warm_up))
+        loss = teacher.loss([_augment(i, noise) for i in rng.choices(training, k=schedule.batch)])
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimiser.step()
+        total += float(loss.detach())
+        if (step + 1) % 100 == 0:
+            _LOG.info("encoders step %d: loss %.3f", step + 1, total / 100)
+            total = 0.0
 
 
 def fit(
@@ -129,7 +181,10 @@ def fit(
     rng, noise = random.Random(schedule.seed), np.random.default_rng(schedule.seed)
     adapter = _new_adapter(model, schedule, (training[0].audio.shape[1], training[0].face.shape[1]))
     prompter = Prompter(model, adapter, processor, schedule.layout, schedule.mixer)
+    teacher = _Teacher(adapter)
+    _warm_up(teacher, training, schedule, rng, noise)
     trainable = [p for p in adapter.parameters() if p.requires_grad]
+    trainable += list(teacher.parameters())
     optimiser = torch.optim.AdamW(trainable, lr=schedule.rate, weight_decay=0.01)
     with_emotion = [e for e in fresh if e.emotion is not None]
     spoken = [i for i in training if i.emotion is not None]
@@ -146,6 +201,11 @@ def fit(
             chosen = [_with_text(m, t) for m, t in zip(media, texts, strict=True)]
         else:
             chosen = rng.choices(spoken if emotion else training, k=schedule.batch)
+        voices = rng.choices(training, k=schedule.batch)
+        chosen = [
+            _with_voice(item, other) if rng.random() < schedule.fresh_voice else item
+            for item, other in zip(chosen, voices, strict=True)
+        ]
         batch = [_augment(item, noise) for item in chosen]
         drop = noise.random((2, len(batch)))
         both = noise.random(len(batch)) < schedule.drop_both
@@ -174,8 +234,9 @@ def fit(
             logits = model.lm_head(at)
         target = ids.gather(1, first + 1)
         loss = functional.cross_entropy(logits.float().flatten(0, 1), target.flatten())
+        full = loss + 0.3 * teacher.loss(batch)
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        full.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(trainable, 1.0)
         optimiser.step()
         total += float(loss.detach())
@@ -222,10 +283,7 @@ def validate(
     if shuffle:
         half = len(clips) // 2
         other = [*clips[half:], *clips[:half]]
-        shown = [
-            Item(o.audio, o.face, c.ids, c.valence, c.emotion, c.media, c.identity)
-            for c, o in zip(clips, other, strict=True)
-        ]
+        shown = [replace(c, audio=o.audio, face=o.face) for c, o in zip(clips, other, strict=True)]
     values: list[NDArray[np.float64]] = []
     hits = asked = 0
     for start in range(0, len(shown), 64):

@@ -150,6 +150,24 @@ def _ablations(found: Mapping[str, Any] | None) -> list[str]:
     return [*out, "", "Slashes: one figure per seed.", ""]
 
 
+def _missing(report: Mapping[str, Any]) -> list[str]:
+    out = [
+        "- A held-out generator (such as a warped photograph): the same program drew all faces,",
+        "  and the same synthesiser spoke all sentences.",
+        "- Real people in training: nothing here says how well it reads them, and there is reason",
+        "  to expect that the voice's part does not transfer at all.",
+    ]
+    found = report.get("ablations")
+    if not found:
+        out.append("- Ablations (no TGM, no MSF, layouts, P, seeds): not run for this card.")
+    elif found["seeds"] < 3:
+        out.append(f"- Ablations over three seeds: run over {found['seeds']} here, so only large")
+        out.append("  differences mean anything.")
+    if not report.get("meld"):
+        out.append("- MELD: not reported (its files were not given).")
+    return out
+
+
 def write_card(path: Path, report: Mapping[str, Any]) -> None:
     """Write the card from a report."""
     language = report["language"]
@@ -170,7 +188,7 @@ def write_card(path: Path, report: Mapping[str, Any]) -> None:
         *_real(report.get("real")),
         "## What is missing",
         "",
-        *report.get("missing", ["Nothing known."]),
+        *_missing(report),
         "",
         "## Licence",
         "",

@@ -123,12 +123,17 @@ def extract(clip: Clip) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArr
     return lld13(clip.audio).values, track.values, track.valid
 
 
+def _key(spec: ClipSpec) -> str:
+    """What a rendered clip must still be to be used: its name is not enough, its labels count."""
+    return f"{spec.name} {spec.seed} {spec.text}"
+
+
 def _render_shard(specs: Sequence[ClipSpec], path: Path) -> int:
     arrays: dict[str, Any] = {}
     for k, spec in enumerate(specs):
         audio, face, valid = extract(act(spec))
         arrays[f"a{k}"], arrays[f"f{k}"], arrays[f"v{k}"] = audio, face, valid
-    arrays["names"] = np.array([spec.name for spec in specs])
+    arrays["names"] = np.array([_key(spec) for spec in specs])
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
         np.savez(file, **arrays)
@@ -168,7 +173,7 @@ def load(specs: Sequence[ClipSpec], folder: Path, split: str) -> list[Rendered]:
             continue
         with np.load(path, allow_pickle=False) as data:
             for k, spec in enumerate(part):
-                if str(data["names"][k]) != spec.name:
+                if str(data["names"][k]) != _key(spec):
                     raise UsageError(
                         f"{path} holds other clips than this run's (another seed or scale?): "
                         "give an empty folder with --work, or delete that file."

@@ -59,10 +59,10 @@ FULL = Scale(
     slots=Schedule(
         steps=1000, rate=1e-3, slots=True, sentences=200_000, emotion_share=0.35, seed=12
     ),
-    training=(400, 5),
-    validation=(40, 6),
-    test=(50, 5),
-    adapter=AdapterSchedule(),
+    training=(180, 3),
+    validation=(40, 3),
+    test=(40, 3),
+    adapter=AdapterSchedule(steps=400),
     fresh=20_000,
     ablations=True,
 )
@@ -204,6 +204,7 @@ class Run:
             have["fresh"],
             have["validation"],
             self.scale.adapter,
+            every=100,
         )
         torch.save({"state": adapter.state_dict(), "validation": found}, path)
 

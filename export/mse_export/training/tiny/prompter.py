@@ -19,7 +19,7 @@ from mse_export.training.tiny.layout import Answers, Layout, Pieces, build_row, 
 from mse_export.training.tiny.model import TinyLlama
 from mse_export.training.tiny.world import Media
 
-__all__ = ["Item", "Prompter", "items", "statistics"]
+__all__ = ["Item", "Prompter", "items", "padded", "statistics"]
 
 _CLIP = 5.0
 
@@ -72,7 +72,8 @@ def items(clips: Sequence[Rendered], processor: Any, stats: dict[str, Statistics
     return out
 
 
-def _padded(rows: Sequence[NDArray[np.float32]]) -> Tensor:
+def padded(rows: Sequence[NDArray[np.float32]]) -> Tensor:
+    """Rows of different lengths [T, d] as one tensor [B, T, d], zeros at the end."""
     out = torch.zeros(len(rows), max(1, *(len(r) for r in rows)), rows[0].shape[1])
     for k, row in enumerate(rows):
         out[k, : len(row)] = torch.from_numpy(row)
@@ -110,9 +111,9 @@ class Prompter:
         keep_audio = audio if audio is not None else [True] * len(batch)
         keep_face = face if face is not None else [True] * len(batch)
         tokens = self.adapter(
-            _padded([i.audio for i in batch]),
+            padded([i.audio for i in batch]),
             torch.tensor([len(i.audio) * k for i, k in zip(batch, keep_audio, strict=True)]),
-            _padded([i.face for i in batch]),
+            padded([i.face for i in batch]),
             torch.tensor([len(i.face) * k for i, k in zip(batch, keep_face, strict=True)]),
             text,
             text_length,
