@@ -25,7 +25,7 @@ __all__ = ["Piece", "Prompt", "Tokenizer", "build", "check_text", "tokenize_text
 Ids = NDArray[np.int32]
 Rows = NDArray[np.float32]
 # A tokeniser may be quadratic in the length of a word: more text than this is cut before it.
-MAX_CHARS_PER_TOKEN = 64
+MAX_CHARS_PER_TOKEN = 256
 
 
 class Tokenizer(Protocol):
@@ -115,6 +115,8 @@ def tokenize_text(tokenizer: Tokenizer, text: str, rule: TextInput) -> tuple[Ids
     `max_tokens` ids, pads in front (published-model spec, section 2).
     """
     limit = rule.max_tokens
+    if rule.normalise == "nfc":
+        text = unicodedata.normalize("NFC", text[: 2 * limit * MAX_CHARS_PER_TOKEN])
     ids = tokenizer.tokenize(text[: limit * MAX_CHARS_PER_TOKEN], special=rule.special)
     total = len(ids)
     if len(text) > limit * MAX_CHARS_PER_TOKEN:

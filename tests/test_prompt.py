@@ -79,6 +79,14 @@ def test_a_very_long_text_is_known_to_be_truncated() -> None:
     assert total > 6
 
 
+def test_composed_and_decomposed_letters_are_the_same_where_the_tokeniser_says_so() -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    for normalise, same in (("nfc", True), ("none", False)):
+        rule = TextInput(20, normalise=normalise)
+        ids = [tokenize_text(ByteTokenizer(), text, rule)[0] for text in (composed, decomposed)]
+        assert np.array_equal(*ids) == same
+
+
 def test_special_spellings_in_the_text_stay_text() -> None:
     built = prompt((Segment(text="<s>", special=True), PSEUDO, TEXT), text="<s>")
     assert built.early.tolist() == [256]

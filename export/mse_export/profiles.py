@@ -149,7 +149,9 @@ def published(family: str, dataset: str, pad_id: int) -> Profile:
         layout="published",
         default_task="sentiment" if about["kind"] == "regression" else "emotion",
         tasks={"sentiment" if about["kind"] == "regression" else "emotion": task},
-        text=TextInput(about["text_tokens"], "left", pad_id, layout["special"]),
+        text=TextInput(
+            about["text_tokens"], "left", pad_id, layout["special"], layout.get("normalise", "none")
+        ),
         features=FeatureInputs(FeatureInput(**about["audio"]), FeatureInput(**about["face"])),
         audio_hidden=run["audio_hidden"],
         face_hidden=run["face_hidden"],
@@ -174,7 +176,12 @@ def ours(family: str, pad_id: int = 0) -> Profile:
         layout="pseudo-last",
         default_task=about["default_task"],
         tasks=tasks,
-        text=TextInput(about["text_tokens"], "none", pad_id),
+        text=TextInput(
+            about["text_tokens"],
+            "none",
+            pad_id,
+            normalise=_data("profiles.toml")["layouts"][family].get("normalise", "none"),
+        ),
         features=FeatureInputs(FeatureInput(**about["audio"]), FeatureInput(**about["face"])),
         audio_hidden=about["audio_hidden"],
         face_hidden=about["face_hidden"],

@@ -244,12 +244,13 @@ def _label(node: Node) -> Label:
 
 
 def _text(node: Node) -> TextInput:
-    keys = node.object("max_tokens", "pad pad_id special")
+    keys = node.object("max_tokens", "pad pad_id special normalise")
     return TextInput(
         max_tokens=keys["max_tokens"].integer(1, 1 << 16),
         pad=keys["pad"].choice("left", "none") if "pad" in keys else "none",
         pad_id=keys["pad_id"].integer(0) if "pad_id" in keys else 0,
         special=keys["special"].boolean() if "special" in keys else False,
+        normalise=keys["normalise"].choice("none", "nfc") if "normalise" in keys else "none",
     )
 
 

@@ -158,6 +158,8 @@ class TextInput:
     pad: Literal["left", "none"] = "none"
     pad_id: int = 0
     special: bool = False
+    normalise: Literal["none", "nfc"] = "none"
+    """Unicode normalisation before tokenising; Qwen's tokenisers do NFC, llama.cpp does not."""
 
 
 @dataclass(frozen=True)
