@@ -22,7 +22,7 @@ made up, and on real recordings it is close to guessing (see below).
 
 ## How it was made
 
-`mse-train tiny` (stages: vocabulary, text, slots, clips, adapter, bundle, evaluate, card).
+`mse-train tiny` (`mse-train tiny --help` names the stages).
 
 - Sentences of a grammar over the VADER lexicon (MIT licence) and word lists of our own; a
   sentence's valence is VADER's compound value times 3. Half of the sentences are neutral.
@@ -74,6 +74,7 @@ def _actors(report: Mapping[str, Any]) -> list[str]:
         f"label; always saying the commonest emotion is right in {report['emotion_majority']:.2f}.",
         '"Shuffled media" gives each clip another actor\'s face and voice. The same kind of',
         "drawing made training and test clips, which flatters every figure of this table.",
+        "What was aimed at: correlation 0.85, Acc-2 0.88, the sign against the words 0.75.",
         "",
     ]
 
@@ -111,20 +112,23 @@ def _real(found: Sequence[Mapping[str, Any]] | None) -> list[str]:
     if not found:
         return []
     out = [
-        "## On clips of real people, as it is",
+        "## On recorded clips, as it is",
         "",
         'The transcript given is "...", so this is what face and voice alone make it say. Nobody',
-        "labelled these clips; the answers are shown, not scored.",
+        "labelled these clips; the answers are shown, not scored. (`synth_` are drawn by another",
+        "program than the training clips; `pyfeat_no` shows no human face.)",
         "",
         "| clip | sentiment (± spread) | emotion |",
         "|---|---|---|",
     ]
     for row in found:
         if "error" in row:
-            out.append(f"| {row['clip']} | refused | |")
+            out.append(f"| {Path(row['clip']).stem.split('_')[0]} | refused | |")
             continue
+        # File names may name people; the first two words are enough to find the clip.
+        name = "_".join(Path(row["clip"]).stem.split("_")[:2])
         value = f"{row['value']:+.2f} ± {row['std']:.2f}"
-        out.append(f"| {row['clip']} | {value} | {row['emotion']} ({row['probability']:.2f}) |")
+        out.append(f"| {name} | {value} | {row['emotion']} ({row['probability']:.2f}) |")
     return [*out, ""]
 
 
