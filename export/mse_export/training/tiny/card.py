@@ -167,6 +167,7 @@ def _missing(report: Mapping[str, Any]) -> list[str]:
     elif found["seeds"] < 3:
         out.append(f"- Ablations over three seeds: run over {found['seeds']} here, so only large")
         out.append("  differences mean anything.")
+    out += [f"- {note}" for note in report.get("notes", [])]
     if not report.get("meld"):
         out.append("- MELD: not reported (its files were not given).")
     return out
