@@ -42,7 +42,7 @@ __all__ = ["Analyzer"]
 Parity = Literal["published"]
 Rows = NDArray[np.float32]
 SMALL_MODEL = 32_000_000
-HOST_BUFFER = re.compile(r"CPU|\S+_Host")
+HOST_BUFFER = re.compile(r"CPU|AMX|\S+_Host")
 # ONNX Runtime, PyAV, the face networks and a clip's frames in flight (bench/features.py).
 FEATURE_BYTES = 80_000_000
 # Stages of `extract`, as the result names them.
@@ -101,12 +101,14 @@ class Analyzer:
     ) -> Analyzer:
         """Open a bundle by built-in name, folder or `org/repo[@revision]`.
 
-        `threads`: None means the physical cores. `n_gpu_layers`: None lets the memory plan choose.
-        `low_memory` keeps the weights as the mapped file (slower, no repacked copy). `adapter`
-        names a backend of `mse_runtime.adapter`. `require_gpu` refuses to run without one.
+        `threads`: None means the physical cores, or one for a small model. `n_gpu_layers`: None
+        lets the memory plan choose. `low_memory` keeps the weights as the mapped file (slower, no
+        repacked copy). `adapter` names a backend of `mse_runtime.adapter`. `require_gpu` refuses
+        to run without one. `offline` never uses the network.
         """
         if not isinstance(bundle, Bundle):
-            bundle = load_bundle(resolve_bundle(str(bundle), offline=offline))
+            folder = resolve_bundle(str(bundle), offline=offline)
+            bundle = load_bundle(folder, offline=offline)
         return cls(
             bundle,
             threads=threads,
@@ -128,14 +130,15 @@ class Analyzer:
         self.close()
 
     def close(self) -> None:
-        """Free the backbone; one that is still loading is freed when it has loaded."""
+        """Free backbone and adapter; what is still loading is freed when it has loaded."""
 
-        def free(loaded: Future[Backbone]) -> None:
-            if loaded.exception() is None:
+        def free(loaded: Future[Any]) -> None:
+            if loaded.exception() is None and hasattr(loaded.result(), "close"):
                 loaded.result().close()
 
         with self._turn:
             self._backbone.add_done_callback(free)
+            self._adapter.add_done_callback(free)
 
     def analyze(
         self,
@@ -192,6 +195,11 @@ class Analyzer:
         ready: Future[Features] = Future()
         ready.set_result(features)
         return self._answer(ready, check_text(text), task, parity, clip, Stopwatch())
+
+    def ready(self) -> None:
+        """Wait until backbone and adapter are loaded; raises what kept them from it."""
+        self._backbone.result()
+        self._adapter.result()
 
     def forget(self) -> None:
         """Empty the KV cache, the kept part of the prompt included: a fresh start."""
@@ -296,6 +304,8 @@ class Analyzer:
         """
         early = prompt.early
         if len(early) <= len(prompt.late):
+            backbone.clear(0)
+            self._constant = np.empty(0, np.int32)
             return early
         constant = early[: prompt.n_constant]
         if not np.array_equal(constant, self._constant):
@@ -322,6 +332,16 @@ class Analyzer:
 
     def _warnings(self, prompt: Prompt, features: Features, backbone: Backbone) -> tuple[str, ...]:
         found = [*features.warnings, *backbone.info.get("warnings", ())]
+        inputs = self.bundle.features
+        for name, track, expected in (
+            ("voice", features.audio, inputs.audio),
+            ("face", features.face, inputs.face),
+        ):
+            if track is not None and len(track) > expected.max_steps:
+                found.append(
+                    f"The {name} features have {len(track)} steps; only the bundle's first "
+                    f"{expected.max_steps} are used."
+                )
         limit = self.bundle.text.max_tokens
         if prompt.n_text_total > limit:
             found.append(
@@ -376,11 +396,15 @@ def make_plan(
     require_gpu: bool = False,
 ) -> Plan:
     """Where `bundle`'s memory would go on this machine; loads nothing but llama.cpp itself."""
+    from mse_runtime.backbone.file_checks import may_repack
+    from mse_runtime.probe import fast_path
+
     with Gguf.open(bundle.gguf_path()) as gguf:
         made = plan(
             gguf,
             n_ctx=positions(bundle),
             low_memory=low_memory,
+            extra_bufts=low_memory or not may_repack(gguf) or fast_path().extra_bufts,
             n_gpu_layers=n_gpu_layers,
             free_vram=free_vram(),
             positions=positions(bundle),

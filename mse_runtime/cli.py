@@ -36,6 +36,24 @@ Exit codes: 0 ok, 1 some rows of a batch failed, 2 usage, 3 bad media, 4 bad bun
 """
 
 
+MODEL = frozenset(
+    ["bundle", "task", "threads", "n_gpu_layers", "require_gpu", "low_memory", "adapter", "parity"]
+)
+WINDOW = frozenset(["start", "end", "max_seconds", "fps"])
+ANSWER = MODEL | {"as_json", "jsonl", "plan"}
+EVERYWHERE = frozenset(["arguments", "verbose", "offline"])
+MEANT_FOR = {
+    "a clip": ANSWER | WINDOW | {"plot"},
+    "--features": ANSWER | {"features"},
+    "--batch": MODEL
+    | frozenset(["batch", "output", "workers", "clip_timeout", "clip_memory", "retry"])
+    | {"fps", "max_seconds"},
+    "--features-only": WINDOW | {"features_only", "bundle", "threads", "output"},
+    "--plan alone": frozenset(["plan", "bundle", "n_gpu_layers", "low_memory", "require_gpu"]),
+    "--explain-features": frozenset({"explain_features"}),
+}
+
+
 @click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("arguments", nargs=-1, metavar="[CLIP] [TEXT]")
 @click.option(
@@ -72,7 +90,11 @@ Exit codes: 0 ok, 1 some rows of a batch failed, 2 usage, 3 bad media, 4 bad bun
     type=click.FloatRange(min=0, min_open=True, max=60),
     help="Face features per second (default: the bundle's feature spec).",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Threads (default: physical cores).")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="Threads (default: physical cores; 1 for small models).",
+)
 @click.option(
     "--n-gpu-layers",
     type=click.IntRange(min=0),
@@ -119,6 +141,7 @@ Exit codes: 0 ok, 1 some rows of a batch failed, 2 usage, 3 bad media, 4 bad bun
     help="Answer for every row of a .csv or .jsonl (clip, text), or every clip of a folder with "
     "its .txt; goes on where it stopped. Needs -o.",
 )
+@click.option("--retry", is_flag=True, help="Do the rows of a batch again that had an error.")
 @click.option("--workers", type=click.IntRange(1, 64), help="Feature processes of a batch.")
 @click.option(
     "--clip-timeout",
@@ -137,7 +160,8 @@ Exit codes: 0 ok, 1 some rows of a batch failed, 2 usage, 3 bad media, 4 bad bun
 @click.option("--offline", is_flag=True, help="Never use the network.")
 @click.option("-v", "--verbose", is_flag=True, help="Say more on stderr.")
 @click.version_option(package_name="mse-runtime")
-def run(arguments: tuple[str, ...], **options: Any) -> None:
+@click.pass_context
+def run(context: click.Context, /, arguments: tuple[str, ...], **options: Any) -> None:
     """The sentiment or emotion of a person in CLIP who says TEXT.
 
     CLIP is any audio or video file; TEXT is what is said in it. Everything runs offline on this
@@ -147,16 +171,37 @@ def run(arguments: tuple[str, ...], **options: Any) -> None:
         import logging
 
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-    if options["explain_features"]:
-        _explain(options)
-    elif options["batch"]:
-        _batch(arguments, options)
-    elif options["features_only"]:
-        _features_only(arguments, options)
-    elif options["plan"] and not arguments:
-        _plan_only(options)
-    else:
-        _answer(arguments, options)
+    modes = {
+        "--explain-features": options["explain_features"],
+        "--batch": options["batch"],
+        "--features-only": options["features_only"],
+        "--plan alone": options["plan"] and not arguments,
+        "--features": options["features"],
+    }
+    mode = next((name for name, chosen in modes.items() if chosen), "a clip")
+    _check_options(mode, context)
+    commands = {
+        "--explain-features": _explain,
+        "--batch": _batch,
+        "--features-only": _features_only,
+        "--plan alone": _plan_only,
+    }
+    commands.get(mode, _answer)(arguments, options)
+
+
+def _check_options(mode: str, context: click.Context) -> None:
+    """Refuse options that would do nothing: an ignored option is a wrong answer."""
+    given = {
+        name
+        for name in context.params
+        if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+    }
+    idle = given - EVERYWHERE - MEANT_FOR[mode]
+    if {"as_json", "jsonl"} <= given:
+        raise UsageError("Give --json or --jsonl, not both.")
+    if idle:
+        names = ", ".join("--" + n.removeprefix("as_").replace("_", "-") for n in sorted(idle))
+        raise UsageError(f"{names} has no meaning with {mode}. Leave it out; see mse-run --help.")
 
 
 def _answer(arguments: tuple[str, ...], options: dict[str, Any]) -> None:
@@ -171,8 +216,6 @@ def _answer(arguments: tuple[str, ...], options: dict[str, Any]) -> None:
         )
     text = check_text(arguments[-1])
     clip = None if options["features"] else Path(arguments[0])
-    if options["plot"] and options["features"]:
-        raise UsageError("--plot needs the clip itself, not --features: it draws its frames.")
     with _open(options) as analyzer:
         if options["plan"]:
             _print_plan(analyzer.plan.rows(), "Memory plan", sys.stderr)
@@ -212,10 +255,13 @@ def _report(analyzer: Analyzer, prediction: Prediction, options: dict[str, Any])
 
         print_prediction(prediction, analyzer.task(prediction.task)[1], Console(highlight=False))
     if options["plan"]:
-        measured = prediction.memory_mb["peak_rss"] or 0.0
-        _print_plan(
-            analyzer.plan.rows(measured_rss_mb=measured), "Planned and measured", sys.stderr
+        memory = prediction.memory_mb
+        rows = analyzer.plan.rows(
+            memory["peak_rss"] or 0.0,
+            memory["vram"],
+            prediction.backend["backbone"]["buffers_mib"],
         )
+        _print_plan(rows, "Planned and measured", sys.stderr)
     if options["plot"]:
         from mse_runtime.plot import plot_prediction
 
@@ -244,7 +290,8 @@ def _features_only(arguments: tuple[str, ...], options: dict[str, Any]) -> None:
             "Give one clip and where to write: mse-run clip.mp4 --features-only -o f.npz"
         )
     clip = Path(arguments[0])
-    bundle = load_bundle(resolve_bundle(options["bundle"], offline=options["offline"]))
+    folder = resolve_bundle(options["bundle"], offline=options["offline"])
+    bundle = load_bundle(folder, offline=options["offline"])
     features = extract(
         clip,
         audio_spec=bundle.features.audio.spec,
@@ -264,7 +311,7 @@ def _features_only(arguments: tuple[str, ...], options: dict[str, Any]) -> None:
         click.echo(f"{name}: {shape}")
 
 
-def _explain(options: dict[str, Any]) -> None:
+def _explain(_arguments: tuple[str, ...], _options: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -279,12 +326,13 @@ def _explain(options: dict[str, Any]) -> None:
         console.print(table)
 
 
-def _plan_only(options: dict[str, Any]) -> None:
+def _plan_only(_arguments: tuple[str, ...], options: dict[str, Any]) -> None:
     from mse_runtime.analyzer import make_plan
     from mse_runtime.bundle import load_bundle
     from mse_runtime.bundle.hub import resolve_bundle
 
-    bundle = load_bundle(resolve_bundle(options["bundle"], offline=options["offline"]))
+    folder = resolve_bundle(options["bundle"], offline=options["offline"])
+    bundle = load_bundle(folder, offline=options["offline"])
     plan = make_plan(
         bundle,
         n_gpu_layers=options["n_gpu_layers"],

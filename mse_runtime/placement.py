@@ -7,7 +7,7 @@ resident memory (RSS) of this process and for the GPU's memory; both are meant t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,9 +71,15 @@ class Plan:
         return sum(item.vram for item in self.items)
 
     def rows(
-        self, measured_rss_mb: float | None = None, measured_vram_mb: float | None = None
+        self,
+        measured_rss_mb: float | None = None,
+        measured_vram_mb: float | None = None,
+        buffers_mib: Mapping[str, float] | None = None,
     ) -> list[tuple[str, ...]]:
-        """The plan as a table of strings, head first; sizes in MB (10^6 bytes)."""
+        """The plan as a table of strings, head first; sizes in MB (10^6 bytes).
+
+        With `buffers_mib` (`Backbone.info`), a column holds what llama.cpp took for each part.
+        """
         table: list[tuple[str, ...]] = [("part", "RAM MB", "VRAM MB", "note")]
         table += [
             (item.name, _mb(item.ram), _mb(item.vram), item.note)
@@ -85,7 +91,10 @@ class Plan:
             off = 100 * (self.ram / MB / measured_rss_mb - 1) if measured_rss_mb else 0.0
             vram = "" if measured_vram_mb is None else f"{measured_vram_mb:.0f}"
             table.append(("measured", f"{measured_rss_mb:.0f}", vram, f"plan is {off:+.0f} % off"))
-        return table
+        if buffers_mib is None:
+            return table
+        took = [_taken(row[0], buffers_mib) for row in table]
+        return [(*row[:-1], extra, row[-1]) for row, extra in zip(table, took, strict=True)]
 
     @property
     def summary(self) -> str:
@@ -102,7 +111,8 @@ class Plan:
         available: bytes; default the kernel's own estimate (MemAvailable).
         """
         room = _available() if available is None else available
-        wanted = self.ram - self.reclaimable
+        present = next((item.ram for item in self.items if item.name == "program"), 0)
+        wanted = self.ram - self.reclaimable - present  # what is there already is not available
         if room and wanted > room:
             raise DeviceError(
                 f"The model needs {wanted // MB} MB of memory, {room // MB} MB are available. "
@@ -157,7 +167,8 @@ def plan(
             f"weights ({gguf.weight_type})",
             weights_ram,
             sum(sizes.weights[i] for i in on_gpu),
-            "mapped file" if mapped else "read into memory",
+            f"{sizes.weights[0] / MB:.1f} MB a layer, "
+            + ("mapped file" if mapped else "read into memory"),
         ),
         Item(
             f"KV cache ({kv_type}, {sizes.n_ctx} positions)",
@@ -343,6 +354,15 @@ def check_gpu(planned: Plan, info: dict[str, Any] | None = None) -> None:
 
 def _texts(values: Any) -> Sequence[str]:
     return [str(value) for value in values] if isinstance(values, list | tuple) else []
+
+
+def _taken(part: str, buffers_mib: Mapping[str, float]) -> str:
+    """MB of llama.cpp's buffers of one part of the table; its head for the head."""
+    if part == "part":
+        return "llama.cpp took"
+    kind = {"weights": "model", "KV": "KV", "compute": "compute"}.get(part.split(" ")[0])
+    found = [size for name, size in buffers_mib.items() if kind and name.endswith(" " + kind)]
+    return f"{sum(found) * 2**20 / MB:.0f}" if found else ""
 
 
 def _mb(size: int) -> str:

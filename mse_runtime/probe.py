@@ -30,6 +30,8 @@ _CACHE, _KEEP = "probe.json", 16
 _TIMEOUT = 120.0
 _LIMIT = 0.05  # the two paths round differently, by 0.1 % of the largest logit; wrong is wrong
 _PLAIN, _FAST = "plain", "fast"
+# Signals of code that the CPU cannot run or that computes nonsense.
+_FAULTS = (signal.SIGILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGABRT)
 log = logging.getLogger(__name__)
 
 
@@ -108,7 +110,7 @@ def _ask(command: Sequence[str] | None) -> tuple[ProbeResult, bool]:
             child = subprocess.run(
                 list(command or _child_command(model)),
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                timeout=_TIMEOUT, check=False,
+                timeout=_TIMEOUT, check=False, start_new_session=True,
             )  # fmt: skip
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         outcome = f"the probe could not run: {type(error).__name__}"
@@ -125,6 +127,9 @@ def _judge(code: int, marks: list[str], seconds: float) -> tuple[ProbeResult, bo
         return ProbeResult(True, "ok", seconds, False), True
     if code == 0 or (code > 0 and "differs" not in marks):
         outcome = f"the probe ended with exit code {code} and no answer"
+        return ProbeResult(False, outcome, seconds, False), False
+    if code < 0 and -code not in _FAULTS:  # Ctrl-C, a kill, too little memory: says nothing
+        outcome = f"the probe was ended by {_signal_name(-code)}"
         return ProbeResult(False, outcome, seconds, False), False
     how = "it computes other numbers" if code > 0 else f"it died by {_signal_name(-code)}"
     if _PLAIN not in marks:
@@ -149,7 +154,7 @@ def _child_command(model: Path) -> list[str]:
         "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
         "from mse_runtime.probe import _child; _child(sys.argv[1])"
     )
-    return [sys.executable, "-c", code, str(model), json.dumps(sys.path)]
+    return [sys.executable, "-P", "-c", code, str(model), json.dumps(sys.path)]
 
 
 def _child(model: str) -> None:

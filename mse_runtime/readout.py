@@ -65,10 +65,9 @@ class Answer:
 
 
 def number_grid(low: float, high: float, step: float) -> NDArray[np.float64]:
-    """All numbers a regression task can answer, rising, exact to the step's decimals."""
+    """All numbers a regression task can answer, rising."""
     count = round((high - low) / step)
-    decimals = max(0, -int(np.floor(np.log10(step))))
-    return np.round(low + step * np.arange(count + 1), decimals) + 0.0  # no negative zero
+    return np.round(low + step * np.arange(count + 1), 10) + 0.0  # no negative zero
 
 
 def label_texts(task: Task) -> list[str]:

@@ -35,9 +35,10 @@ def print_prediction(prediction: Prediction, task: Task, console: Console) -> No
 
 def _headline(prediction: Prediction) -> Text:
     line = Text(prediction.label, style="bold")
-    if prediction.value is not None and prediction.answer.std is not None:
+    if prediction.value is not None and prediction.distribution:
         line.append(f"  {prediction.value:+.2f}", style="bold " + _colour(prediction.value))
-        line.append(f" ± {prediction.answer.std:.2f}", style="dim")
+        if not prediction.generated:
+            line.append(f" ± {prediction.answer.std:.2f}", style="dim")
     if not prediction.bundle["trained"]:
         line.append("  (untrained)", style="yellow")
     return line

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mse_runtime.readout import intensity
+
 if TYPE_CHECKING:
     from mse_runtime.parity import Generated
     from mse_runtime.readout import Answer
@@ -68,7 +70,10 @@ class Prediction:
     @property
     def label(self) -> str:
         """The most probable class, the value in words, or the class that generation named."""
-        if self.generated and self.value is not None and not self.answer.distribution:
+        if self.generated and self.answer.distribution and self.value is not None:
+            top = max(abs(number) for number, _ in self.answer.distribution)
+            return intensity(self.value, top) if math.isfinite(self.value) else "no number"
+        if self.generated and self.value is not None:
             names = list(self.answer.probabilities)
             known = self.value.is_integer() and 0 <= self.value < len(names)
             return names[int(self.value)] if known else f"none of the classes ({self.value:g})"

@@ -10,10 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mse_runtime import Analyzer
+from mse_runtime import Analyzer, Backbone, load_bundle
+from mse_runtime.adapter import open_adapter
+from mse_runtime.analyzer import vram_mb
+from mse_runtime.bundle import Segment
+from mse_runtime.bundle.hub import resolve_bundle
 from mse_runtime.errors import UsageError
 from mse_runtime.features.extract import extract
+from mse_runtime.features.normalise import prepare
 from mse_runtime.features.spec import Features
+from mse_runtime.parity import parse
+from mse_runtime.prompt import build
+from mse_runtime.readout import intensity
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIP = ROOT / "examples" / "happy.mp4"
@@ -30,6 +38,21 @@ def analyzer() -> Iterator[Analyzer]:
 def features(analyzer: Analyzer) -> Features:
     inputs = analyzer.bundle.features
     return extract(CLIP, audio_spec=inputs.audio.spec, face_spec=inputs.face.spec)
+
+
+def prompt_rows(analyzer: Analyzer, backbone: Backbone, features: Features) -> np.ndarray:
+    """The whole prompt as rows, put together from the parts."""
+    bundle = analyzer.bundle
+    prompt = build(backbone, bundle.task.prompt, bundle.text, TEXT, bundle.adapter.n_pseudo)
+    audio, n_audio = prepare(features.audio, bundle.features.audio)
+    face, n_face = prepare(features.face, bundle.features.face)
+    text = backbone.embed(prompt.text_ids)
+    one = np.ones(1, np.int64)
+    adapter = open_adapter(bundle, "onnx")
+    pseudo = adapter(
+        audio[None], n_audio * one, face[None], n_face * one, text[None], len(text) * one
+    )
+    return prompt.rows(backbone.embed, pseudo[0])
 
 
 def test_a_clip_and_its_features_give_the_same_answer(
@@ -79,6 +102,21 @@ def test_an_answer_does_not_depend_on_what_was_asked_before(
     np.testing.assert_array_equal(first.answer.log_scores, cold.answer.log_scores)
 
 
+def test_history_does_not_matter_where_some_prompts_go_the_other_way(features: Features) -> None:
+    """A long text is prefilled early, a short one in one batch: the cache must not mix them."""
+    tail = Segment(text="and so, all in all, the sentiment of the sentence is")
+    bundle = load_bundle(resolve_bundle("tiny"))
+    task = bundle.tasks["sentiment"]
+    changed = {"sentiment": replace(task, prompt=(*task.prompt, tail))}
+    bundle = replace(bundle, tasks=changed)
+    long = "this is a very long sentence with many words in it that says nothing much at all"
+    with Analyzer(bundle, adapter="onnx") as used, Analyzer(bundle, adapter="onnx") as fresh:
+        used.analyze_features(features, long)
+        after = used.analyze_features(features, "ok").answer
+        alone = fresh.analyze_features(features, "ok").answer
+    np.testing.assert_array_equal(after.log_scores, alone.log_scores)
+
+
 def test_early_prefill_equals_one_batch(
     analyzer: Analyzer, features: Features, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,9 +132,18 @@ def test_published_parity_generates(analyzer: Analyzer, features: Features) -> N
     result = analyzer.analyze_features(features, TEXT, parity="published")
     assert result.generated is not None
     assert 1 <= len(result.generated.ids) <= analyzer.bundle.task.max_new_tokens
-    assert result.value == result.generated.value
     plain = analyzer.analyze_features(features, TEXT)
     assert result.answer.mode == plain.answer.mode
+    with Backbone.open(analyzer.bundle.gguf_path(), threads=1) as backbone:
+        rows, generated = prompt_rows(analyzer, backbone, features), []
+        logits = backbone.prefill(rows)
+        while len(generated) < len(result.generated.ids):
+            generated.append(int(logits.argmax()))
+            logits = backbone.prefill(np.array(generated[-1:], np.int32))
+        text = backbone.detokenize(generated)
+    assert tuple(generated) == result.generated.ids
+    assert result.value == parse(text, "regression")
+    assert result.label == intensity(result.value, 3.0)
 
 
 def test_emotion_is_a_distribution_over_the_classes(analyzer: Analyzer, features: Features) -> None:
@@ -104,6 +151,27 @@ def test_emotion_is_a_distribution_over_the_classes(analyzer: Analyzer, features
     assert result.value is None
     assert result.label in result.probabilities
     assert sum(result.probabilities.values()) == pytest.approx(1)
+
+
+def test_features_beyond_the_last_step_are_said(analyzer: Analyzer, features: Features) -> None:
+    assert features.audio is not None
+    repeat = analyzer.bundle.features.audio.max_steps // len(features.audio) + 1
+    audio = replace(
+        features.audio,
+        values=np.tile(features.audio.values, (repeat, 1)),
+        valid=np.tile(features.audio.valid, repeat),
+        times=np.tile(features.audio.times, repeat),
+    )
+    result = analyzer.analyze_features(replace(features, audio=audio), TEXT)
+    assert any("voice features" in warning for warning in result.warnings)
+
+
+def test_buffers_of_the_host_are_no_vram() -> None:
+    host = {"CPU model": 1.0, "CPU_Mapped model": 1.0, "AMX model": 9.0, "CUDA_Host compute": 1.0}
+    assert vram_mb(host) is None
+    assert vram_mb({**host, "CUDA0 model": 100.0, "CUDA0 KV": 10.0}) == pytest.approx(
+        110 * 1.048576
+    )
 
 
 def test_an_unknown_task_is_named(analyzer: Analyzer, features: Features) -> None:

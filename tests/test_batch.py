@@ -168,6 +168,52 @@ def test_a_clip_that_takes_too_long_is_given_up() -> None:
         pool.submit(REQUEST).result()
 
 
+def test_what_stops_every_row_is_no_row(tmp_path: Path) -> None:
+    """A model that does not load or a task that is not there ends the command, not the rows."""
+    feature_rows(tmp_path, 2)
+    for options, code in ((["--task", "nothing"], 2), (["--require-gpu"], 5)):
+        out = tmp_path / f"{code}.jsonl"
+        command = [
+            sys.executable, "-m", "mse_runtime.cli", "--batch", str(tmp_path / "list.csv"),
+            "-o", str(out), *options,
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        if code == 5 and done.returncode == 0:
+            continue  # this machine has a GPU that llama.cpp uses
+        assert done.returncode == code, done.stderr
+        assert out.read_bytes() == b""
+
+
+def test_errors_are_done_again_when_asked(tmp_path: Path) -> None:
+    rows = [Row(i, f"r{i}", Path("c.mp4"), f"text {i}") for i in range(4)]
+    out = tmp_path / "out.jsonl"
+    with Journal(out, rows) as journal:
+        for row in rows:
+            entry: dict[str, Any] = {"index": row.index, "id": row.id, "text": row.text}
+            journal.write(entry | ({"error": {"type": "MediaError"}} if row.index % 2 else {}))
+    with Journal(out, rows) as journal:
+        assert (journal.done, journal.failed) == ({0, 1, 2, 3}, 2)
+    with Journal(out, rows, retry=True) as journal:
+        assert (journal.done, journal.failed) == ({0, 2}, 0)
+        journal.write({"index": 1, "id": "r1", "text": "text 1"})
+    assert [entry["index"] for entry in lines(out)] == [0, 2, 1]
+
+
+def test_a_module_beside_the_clips_is_not_run(tmp_path: Path) -> None:
+    (tmp_path / "av.py").write_text("raise SystemExit('executed')")
+    code = (
+        "import sys; sys.path = [p for p in sys.path if p]\n"
+        "from mse_runtime.batch.pool import FeaturePool\n"
+        "with FeaturePool(1, 60, 4096) as pool:\n"
+        f"    print(pool.submit({REQUEST!r}).result().face is not None)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )  # fmt: skip
+    assert done.stdout.strip() == "True", done.stderr
+
+
 def test_a_clip_that_takes_too_much_memory_fails_alone() -> None:
     with FeaturePool(1, timeout=60, memory_mb=256) as pool, pytest.raises(MediaError):
         pool.submit({**REQUEST, "threads": 2}).result()

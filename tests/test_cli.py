@@ -50,7 +50,12 @@ def test_json_follows_the_published_schema() -> None:
 def test_people_read_the_answer_first() -> None:
     done = mse_run(CLIP, TEXT, "--task", "emotion")
     assert done.returncode == 0, done.stderr
-    assert "%" in done.stdout
+    shown = done.stdout.split()
+    names = ["neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger"]
+    percents = [float(word.rstrip("%")) for word in shown if word.endswith("%")]
+    assert all(name in shown for name in names)
+    assert shown[0] == names[percents.index(max(percents))]
+    assert sum(percents) == pytest.approx(100, abs=0.5)
     assert "peak" in done.stdout
 
 
@@ -70,6 +75,7 @@ def test_plan_alone_and_beside_the_measurement() -> None:
     assert "RAM" in alone.stdout
     beside = mse_run(CLIP, TEXT, "--plan", "--json")
     assert "measured" in beside.stderr
+    assert "llama.cpp took" in beside.stderr
     json.loads(beside.stdout)
 
 
@@ -78,6 +84,21 @@ def test_explain_features_lists_every_column() -> None:
     assert done.returncode == 0
     for name in ("lld13/1", "face167/1", "hammarbergIndex", "proxy"):
         assert name in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--batch", "l.csv", "-o", "o.jsonl", "--json"),
+        ("--batch", "l.csv", "-o", "o.jsonl", "--start", "1"),
+        (CLIP, TEXT, "-o", "x.json"),
+        ("--features", "f.npz", TEXT, "--fps", "5"),
+        (CLIP, TEXT, "--json", "--jsonl"),
+        ("--explain-features", "--plan"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(arguments: tuple[str, ...]) -> None:
+    refused(mse_run(*arguments), 2)
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,13 @@ def test_number_grids_are_the_published_answers() -> None:
     assert "-0.0" not in label_texts(regression(number_format="{:.1f}"))
 
 
+@pytest.mark.parametrize("step", [0.25, 0.15, 0.5, 1.0])
+def test_grids_of_any_step_are_exact(step: float) -> None:
+    grid = number_grid(-3, 3, step)
+    np.testing.assert_allclose(grid, np.linspace(-3, 3, round(6 / step) + 1), atol=1e-9)
+    assert 0.0 in grid
+
+
 @pytest.mark.parametrize("target", ["+1.7", "-2.3", "+0.0", "-3.0"])
 def test_regression_finds_the_number(target: str) -> None:
     readout = Readout.build(regression(), CharTokenizer())

@@ -36,7 +36,7 @@ def run_batch(analyzer: Analyzer, listing: Path, output: Path, options: dict[str
     console = Console(stderr=True)
     workers = options["workers"] or max(1, min(4, len(os.sched_getaffinity(0))))
     with (
-        Journal(journal_path(output), rows) as journal,
+        Journal(journal_path(output), rows, retry=options["retry"]) as journal,
         FeaturePool(workers, options["clip_timeout"], options["clip_memory"]) as pool,
         Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
@@ -54,9 +54,16 @@ def run_batch(analyzer: Analyzer, listing: Path, output: Path, options: dict[str
                 bar.update(shown, rate=f"{speed:.2f}/s")
 
         outcome = run(
-            analyzer, rows, journal, pool, task=options["task"], fps=options["fps"],
-            max_seconds=options["max_seconds"], progress=advance,
-        )  # fmt: skip
+            analyzer,
+            rows,
+            journal,
+            pool,
+            task=options["task"],
+            parity=options["parity"],
+            fps=options["fps"],
+            max_seconds=options["max_seconds"],
+            progress=advance,
+        )
     convert(output)
     summary = (
         f"{outcome.written + outcome.before} of {len(rows)} rows, {outcome.failed} with errors"

@@ -37,7 +37,7 @@ def convert(output: Path) -> None:
     kind = output.suffix.lower()
     if kind not in TABLES:
         return
-    rows = list(_rows(journal_path(output)))
+    rows = sorted(_rows(journal_path(output)), key=lambda row: int(row["index"]))
     names = list(PLAIN)
     for row in rows:
         names += [name for name in row if name not in names]

@@ -21,8 +21,10 @@ __all__ = ["Journal"]
 class Journal:
     """An append-only JSON Lines file; `done` holds the indices that have a line."""
 
-    def __init__(self, path: Path, rows: list[Row]) -> None:
+    def __init__(self, path: Path, rows: list[Row], *, retry: bool = False) -> None:
         """Open `path` for `rows`, repairing and reading what an earlier run left.
+
+        With `retry`, lines with an error are dropped, so that their rows are done again.
 
         Raises:
             UsageError: the file belongs to another list, or cannot be written.
@@ -38,10 +40,29 @@ class Journal:
                 "exists."
             ) from error
         try:
+            if retry:
+                self._drop_errors()
             self._resume(rows)
         except BaseException:
             os.close(self._fd)
             raise
+
+    def _drop_errors(self) -> None:
+        """Replace the file by one without its lines that have an error, whole or not at all."""
+        part = self.path.with_name(f".{self.path.name}.part")
+        with self.path.open("rb") as old, part.open("wb") as new:
+            for line in old:
+                try:
+                    failed = "error" in json.loads(line)
+                except (ValueError, TypeError, RecursionError):
+                    failed = False  # `_resume` knows what to do with it
+                if not failed:
+                    new.write(line)
+            new.flush()
+            os.fsync(new.fileno())
+        part.replace(self.path)
+        os.close(self._fd)
+        self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
 
     def _resume(self, rows: list[Row]) -> None:
         good = 0

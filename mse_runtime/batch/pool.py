@@ -16,11 +16,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from mse_runtime import errors
 from mse_runtime.errors import MediaError
 from mse_runtime.features.npz import load_npz
 from mse_runtime.features.spec import Features
 
 __all__ = ["FeaturePool"]
+
+# The parent's import path, not the current folder: a file beside the clips is not a module.
+CHILD = (
+    "import json, sys; sys.path[:] = [p for p in json.loads(sys.argv.pop(1)) if p]; "
+    "from mse_runtime.batch.worker import main; main()"
+)
 
 
 class FeaturePool:
@@ -53,7 +60,8 @@ class FeaturePool:
         try:
             reply = worker.ask({**request, "target": str(target)}, self._timeout)
             if "error" in reply:
-                raise MediaError(str(reply["error"]["message"]))
+                kind = getattr(errors, str(reply["error"]["type"]), MediaError)
+                raise kind(str(reply["error"]["message"]))
             return load_npz(target)
         finally:
             self._idle.put(worker)
@@ -117,7 +125,7 @@ class _Worker:
 
     def _start(self) -> subprocess.Popen[bytes]:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "mse_runtime.batch.worker", str(self._memory)],
+            [sys.executable, "-P", "-c", CHILD, json.dumps(sys.path), str(self._memory)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from mse_runtime.analyzer import Analyzer
+from mse_runtime.analyzer import Analyzer, Parity
 from mse_runtime.batch.journal import Journal
 from mse_runtime.batch.pool import FeaturePool
 from mse_runtime.batch.rows import Row
@@ -46,6 +47,7 @@ def run(
     pool: FeaturePool,
     *,
     task: str | None = None,
+    parity: Parity | None = None,
     fps: float | None = None,
     max_seconds: float = 60.0,
     progress: Callable[[], None] = lambda: None,
@@ -54,6 +56,8 @@ def run(
 
     SIGINT and SIGTERM finish the row in hand and stop; a second one stops at once.
     """
+    analyzer.task(task)
+    analyzer.ready()  # what keeps every row from an answer is no row's error
     before = len(journal.done)
     inputs = analyzer.bundle.features
     options = {
@@ -74,7 +78,7 @@ def run(
             if not waiting:
                 break
             row, features = waiting.popleft()
-            journal.write(_entry(analyzer, row, features, row.task or task))
+            journal.write(_entry(analyzer, row, features, row.task or task, parity))
             progress()
         stopped = stop.is_set()
     return Outcome(len(journal.done) - before, before, journal.failed, stopped)
@@ -90,7 +94,7 @@ def _features(row: Row, pool: FeaturePool, options: dict[str, Any]) -> Future[Fe
             ready: Future[Features] = Future()
             ready.set_result(load_npz(row.source))
             return ready
-    except MSEError as error:
+    except Exception as error:
         refused: Future[Features] = Future()
         refused.set_exception(error)
         return refused
@@ -99,17 +103,29 @@ def _features(row: Row, pool: FeaturePool, options: dict[str, Any]) -> Future[Fe
 
 
 def _entry(
-    analyzer: Analyzer, row: Row, features: Future[Features], task: str | None
+    analyzer: Analyzer,
+    row: Row,
+    features: Future[Features],
+    task: str | None,
+    parity: Parity | None,
 ) -> dict[str, Any]:
     head = {"index": row.index, "id": row.id}
     try:
         found = features.result()
+        answer = partial(
+            analyzer.analyze_features,
+            found,
+            row.text,
+            task=task,
+            parity=parity,
+            clip=str(row.source),
+        )
         try:
-            result = analyzer.analyze_features(found, row.text, task=task, clip=str(row.source))
+            result = answer()
         except BackboneError:
             analyzer.forget()  # once more with an empty cache
-            result = analyzer.analyze_features(found, row.text, task=task, clip=str(row.source))
-    except MSEError as error:
+            result = answer()
+    except Exception as error:  # whatever it was, it is this row's
         problem = {"type": type(error).__name__, "message": str(error)}
         return {**head, "clip": str(row.source), "text": row.text, "error": problem}
     return {**head, **result.to_dict()}

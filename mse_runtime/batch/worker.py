@@ -1,6 +1,6 @@
 """A child process that turns clips into feature files, one at a time, with a limit on memory.
 
-    python -m mse_runtime.batch.worker MEMORY_MB
+    main() with sys.argv[1] = MEMORY_MB
 
 Requests and replies are JSON lines on stdin and stdout; features travel as .npz files, which the
 parent reads with every size checked. Nothing is pickled: a decoder that a hostile file took over
@@ -12,10 +12,12 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
-from mse_runtime.bundle import Bundle, load_bundle
+from mse_runtime.bundle import Bundle, manifest
 from mse_runtime.errors import MediaError, MSEError
 
 __all__ = ["main"]
@@ -48,7 +50,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
         save_npz(target, extract(**request, bundle=_bundle(folder) if folder else None))
     except MSEError as error:
-        return {"error": {"type": type(error).__name__, "message": str(error)}}
+        return {"error": {"type": _public(error), "message": str(error)}}
     except MemoryError:
         problem = MediaError(f"{request['path']}: decoding it takes more memory than allowed.")
         return {"error": {"type": type(problem).__name__, "message": str(problem)}}
@@ -58,10 +60,12 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     return {"ok": True}
 
 
+def _public(error: MSEError) -> str:
+    """The nearest class of `mse_runtime.errors`."""
+    return next(c.__name__ for c in type(error).__mro__ if c.__module__ == MSEError.__module__)
+
+
 @lru_cache(maxsize=1)
 def _bundle(folder: str) -> Bundle:
-    return load_bundle(folder)
-
-
-if __name__ == "__main__":
-    main()
+    """The bundle's encoders; its files were checked by the parent, its model is not needed."""
+    return replace(manifest.read(Path(folder)), path=Path(folder))

@@ -216,8 +216,9 @@ def _with_grid(task: Task, node: Node) -> Task:
         )
     if not NUMBER_FORMAT.fullmatch(form):
         node.peek("number_format").fail('should be one number field such as "{:.1f}" or "{:+.1f}"')
-    values = {form.format(low + i * step) for i in range(round(count))}
-    if len(values) < round(count) - 1:  # "-0.0" and "0.0" may both occur by rounding
+    # The grid of readout.number_grid, without NumPy.
+    values = {form.format(round(low + i * step, 10) + 0.0) for i in range(round(count))}
+    if len(values) < round(count):
         node.peek("number_format").fail(f"gives the same text for several steps of {step:g}")
     return replace(task, range=(low, high), step=step, number_format=form)
 

@@ -110,7 +110,7 @@ def load_npz(
         duration = float(arrays["duration"]) if "duration" in arrays else math.nan
         warnings = tuple(str(w) for w in json.loads(str(arrays.get("warnings", "[]"))))
         info = json.loads(str(arrays.get("info", "{}")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise MediaError(f"{path}: {error}. Write it again.") from error
     return Features(audio, face, duration, warnings, info if isinstance(info, dict) else {})
 
