@@ -24,6 +24,9 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 GCC := $(shell $${CXX:-c++} --version 2>/dev/null | grep -c 'Free Software Foundation')
 AMX_FLAGS := $(if $(filter 0,$(GCC)),,-DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse')
 LLAMA_CMAKE_ARGS := -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF $(AMX_FLAGS) $(CMAKE_ARGS)
+# Other flags are another build: make forgets the old one, pip must not reuse it either.
+LLAMA := $(VENV)/.llama-$(shell printf '%s' "$(LLAMA_CMAKE_ARGS)" | cksum | cut -d' ' -f1)
+REBUILD := $(if $(filter-out $(LLAMA),$(wildcard $(VENV)/.llama-*)),--force-reinstall --no-deps --no-cache-dir)
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find kernels -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
 
@@ -56,19 +59,23 @@ $(VENV)/.venv:
 	@$(PYTHON) -m venv $(VENV) || { echo "Python's venv module is missing: sudo apt install python3.11-venv" >&2; exit 1; }
 	@touch $@
 
-$(VENV)/.llama: $(VENV)/.venv
+$(LLAMA): $(VENV)/.venv
 	@echo "Compiling llama.cpp (about five minutes on two cores; log: $(VENV)/llama.log)" >&2
-	@CMAKE_ARGS="$(LLAMA_CMAKE_ARGS)" $(PIP) install -v 'llama-cpp-python>=0.3.36,<0.4' 2>&1 \
+	@CMAKE_ARGS="$(LLAMA_CMAKE_ARGS)" $(PIP) install -v $(REBUILD) 'llama-cpp-python>=0.3.36,<0.4' 2>&1 \
 		| $(BIN)/python tools/build_progress.py $(VENV)/llama.log \
 		|| { tail -n 30 $(VENV)/llama.log >&2; echo "llama.cpp did not build; the whole log is $(VENV)/llama.log" >&2; exit 1; }
+	@rm -f $(VENV)/.llama-*
 	@touch $@
 
-$(VENV)/.runtime: $(VENV)/.llama $(SOURCES)
+$(VENV)/.runtime: $(LLAMA) $(SOURCES)
 	$(PIP) install -q -e '.[cpu,llama]'
 	@touch $@
 
 $(VENV)/.torch: $(VENV)/.venv
-	$(PIP) install -q '$(TORCH)' || $(PIP) install -q '$(TORCH)' --index-url $(TORCH_INDEX)
+	@echo "Installing $(TORCH)" >&2
+	@$(PIP) install -q --retries 0 --timeout 30 '$(TORCH)' --index-url $(TORCH_INDEX) 2>/dev/null \
+		|| $(PIP) install -q '$(TORCH)' \
+		|| { echo "torch's CPU build was not found; it is on $(TORCH_INDEX)" >&2; exit 1; }
 	@touch $@
 
 $(VENV)/.everything: $(VENV)/.runtime $(VENV)/.torch constraints/torch-cpu.txt
