@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 from bundles import TEXT, Pair, features
 
-from mse_runtime.analyzer import Analyzer, default_threads, positions
+from mse_runtime.analyzer import Analyzer
 from mse_runtime.backbone import Backbone, library
 from mse_runtime.bundle import load_bundle
 from mse_runtime.prompt import build
 from mse_runtime.readout import Readout
 from mse_runtime.result import Stopwatch
+from mse_runtime.sizing import default_threads, positions
 
 Ids = np.ndarray[Any, np.dtype[np.int32]]
 

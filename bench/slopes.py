@@ -86,9 +86,9 @@ def adapter(pair: Pair, args: argparse.Namespace, write: Writer) -> None:
 
 def prefill(pair: Pair, args: argparse.Namespace, write: Writer) -> None:
     """One all-embedding batch of growing length."""
-    from mse_runtime.analyzer import default_threads
     from mse_runtime.backbone import Backbone
     from mse_runtime.bundle import load_bundle
+    from mse_runtime.sizing import default_threads
 
     threads = args.threads or default_threads(load_bundle(pair.published))
     with Backbone.open(pair.gguf, n_ctx=POSITIONS[-1], threads=threads) as model:

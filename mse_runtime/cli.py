@@ -327,9 +327,9 @@ def _explain(_arguments: tuple[str, ...], _options: dict[str, Any]) -> None:
 
 
 def _plan_only(_arguments: tuple[str, ...], options: dict[str, Any]) -> None:
-    from mse_runtime.analyzer import make_plan
     from mse_runtime.bundle import load_bundle
     from mse_runtime.bundle.hub import resolve_bundle
+    from mse_runtime.sizing import make_plan
 
     folder = resolve_bundle(options["bundle"], offline=options["offline"])
     bundle = load_bundle(folder, offline=options["offline"])

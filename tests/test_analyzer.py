@@ -12,7 +12,6 @@ import pytest
 
 from mse_runtime import Analyzer, Backbone, load_bundle
 from mse_runtime.adapter import open_adapter
-from mse_runtime.analyzer import vram_mb
 from mse_runtime.bundle import Segment
 from mse_runtime.bundle.hub import resolve_bundle
 from mse_runtime.errors import UsageError
@@ -22,6 +21,7 @@ from mse_runtime.features.spec import Features
 from mse_runtime.parity import parse
 from mse_runtime.prompt import build
 from mse_runtime.readout import intensity
+from mse_runtime.sizing import vram_mb
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIP = ROOT / "examples" / "happy.mp4"
