@@ -81,7 +81,7 @@ def test_everything_here(whole: subprocess.CompletedProcess[str]) -> None:
         ("safetensors", "safetensors", "pip install 'safetensors"),
         ("huggingface_hub", "huggingface_hub", "pip install 'huggingface_hub"),
         ("onnxruntime", "onnxruntime", "pip install 'mse-runtime[cpu]'"),
-        ("llama_cpp", "llama-cpp-python", "pip install 'llama-cpp-python>=0.3.36,<0.4'"),
+        ("llama_cpp", "llama-cpp-python", "pip install 'llama-cpp-python"),
     ],
 )
 def test_a_missing_library_is_named_with_its_command(module: str, name: str, fix: str) -> None:
