@@ -59,7 +59,7 @@ def read_numbers(
     """Probabilities of -3.0..+3.0, float64 [temperatures, B, 61], after prompts `rows` [B, T, D].
 
     `lengths` [B]: the prompt's own length in each row; what follows is padding. A temperature
-    divides the logits at every branch, as in the runtime.
+    divides the log-probabilities of whole numbers, as in the runtime.
     """
     trie = _Trie(answers)
     batch, length, _ = rows.shape
@@ -89,15 +89,15 @@ def read_numbers(
         node: (last if node < 0 else hidden[:, length + node]) @ weight[options].T
         for node, options in trie.children.items()
     }
-    return np.stack([_numbers(trie, answers, raw, t) for t in temperatures])
+    scores = _numbers(trie, answers, raw)
+    return np.stack([(scores / t).softmax(-1).numpy() for t in temperatures])
 
 
-def _numbers(
-    trie: _Trie, answers: Answers, raw: dict[int, Tensor], temperature: float
-) -> NDArray[np.float64]:
+def _numbers(trie: _Trie, answers: Answers, raw: dict[int, Tensor]) -> Tensor:
+    """Log-probabilities of the 61 numbers, float64 [B, 61]."""
     after: dict[tuple[int, int], Tensor] = {}
     for node, options in trie.children.items():
-        logs = (raw[node] / temperature).log_softmax(-1)
+        logs = raw[node].log_softmax(-1)
         for k, token in enumerate(options):
             after[node, token] = logs[:, k]
     total = torch.stack(
@@ -109,7 +109,7 @@ def _numbers(
         ],
         1,
     )
-    return np.asarray(total.exp().double().numpy(), dtype=np.float64)
+    return total.double()
 
 
 def expected(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
