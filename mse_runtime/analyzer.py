@@ -69,7 +69,7 @@ class Analyzer:
         self._turn = threading.Lock()
         self._readouts: dict[str, Readout] = {}
         self._constant: NDArray[np.int32] = np.empty(0, np.int32)
-        self._load_seconds = 0.0
+        self._load_seconds = self._load_started = 0.0
         self.last_features: Features | None = None
         self._plan: Future[Plan] = background.start(
             lambda: make_plan(
@@ -352,8 +352,11 @@ class Analyzer:
 
     def _loaded(self, watch: Stopwatch) -> Backbone:
         backbone = self._backbone.result()
-        watch.add("load", self._load_seconds)
-        self._load_seconds = 0.0  # only the first answer pays for it
+        if self._load_seconds:  # only the first answer pays for it
+            watch.add("load", self._load_seconds)
+            if self._load_started + self._load_seconds > watch.started:  # it was still loading
+                watch.started = min(watch.started, self._load_started)
+            self._load_seconds = 0.0
         return backbone
 
     def _readout(self, name: str, task: Task, backbone: Backbone) -> Readout:
@@ -362,7 +365,7 @@ class Analyzer:
         return self._readouts[name]
 
     def _load_backbone(self) -> Backbone:
-        before = time.perf_counter()
+        self._load_started = time.perf_counter()
         plan = self.plan
         plan.check_ram()
         backbone = open_planned(
@@ -374,7 +377,7 @@ class Analyzer:
         )
         if self._require_gpu:
             check_gpu(plan, backbone.info)
-        self._load_seconds = time.perf_counter() - before
+        self._load_seconds = time.perf_counter() - self._load_started
         return backbone
 
     def _load_adapter(self, backend: str) -> Adapter:

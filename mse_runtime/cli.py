@@ -50,7 +50,7 @@ MEANT_FOR = {
     | {"fps", "max_seconds"},
     "--features-only": WINDOW | {"features_only", "bundle", "threads", "output"},
     "--plan alone": frozenset(["plan", "bundle", "n_gpu_layers", "low_memory", "require_gpu"]),
-    "--explain-features": frozenset({"explain_features"}),
+    "--explain-features": frozenset({"explain_features", "bundle"}),
 }
 
 
@@ -121,7 +121,11 @@ MEANT_FOR = {
     "Without a clip: the plan alone.",
 )
 @click.option("--features-only", is_flag=True, help="Write the features to -o FILE.npz and stop.")
-@click.option("--explain-features", is_flag=True, help="Print the tables of the feature specs.")
+@click.option(
+    "--explain-features",
+    is_flag=True,
+    help="Print the columns of the bundle's feature specs, or of the specs named.",
+)
 @click.option(
     "--plot",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -208,6 +212,8 @@ def _answer(arguments: tuple[str, ...], options: dict[str, Any]) -> None:
     from mse_runtime.prompt import check_text
 
     wanted = 1 if options["features"] else 2
+    if len(arguments) > wanted:
+        raise UsageError('Put the text in quotes: mse-run clip.mp4 "what is said in it".')
     if len(arguments) != wanted:
         raise UsageError(
             'Give the text alone with --features: mse-run --features f.npz "what is said".'
@@ -311,19 +317,28 @@ def _features_only(arguments: tuple[str, ...], options: dict[str, Any]) -> None:
         click.echo(f"{name}: {shape}")
 
 
-def _explain(_arguments: tuple[str, ...], _options: dict[str, Any]) -> None:
+def _explain(arguments: tuple[str, ...], options: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from mse_runtime.bundle import load_bundle
+    from mse_runtime.bundle.hub import resolve_bundle
     from mse_runtime.features.spec import get_spec, known_specs
 
+    names = arguments
+    if not names:
+        folder = resolve_bundle(options["bundle"], offline=options["offline"])
+        inputs = load_bundle(folder, offline=options["offline"]).features
+        names = (inputs.audio.spec, inputs.face.spec)
     console = Console()
-    for spec_id in known_specs():
-        spec = get_spec(spec_id)
+    for name in names:
+        spec = get_spec(name)
         table = Table("column", "unit", "fidelity", "note", title=f"{spec.id}: {spec.description}")
         for column in spec.columns:
             table.add_row(column.name, column.unit, column.fidelity, column.note)
         console.print(table)
+    others = ", ".join(name for name in known_specs() if name not in names)
+    console.print(f"Others: {others}. For one of them: mse-run --explain-features openface177/1")
 
 
 def _plan_only(_arguments: tuple[str, ...], options: dict[str, Any]) -> None:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["main", "mse_eval"]
 
+FEWEST = 30
+"""Samples below which a fitted temperature is worth a warning."""
 EPILOG = """\b
 Examples:
   mse-eval --bundle my-bundle --data data/
@@ -142,6 +144,11 @@ class _Run:
             )
         scored = self.score(self.bundle, split, "bundle")
         columns = label_columns(self.task, scored.truth)
+        if len(scored) < FEWEST:
+            self.remarks.append(
+                f"The temperature was fitted on {len(scored)} samples only; {FEWEST} are the least "
+                "that means something."
+            )
         return round(fit_temperature(scored.log_scores, columns), 4)
 
     def compare(self, temperature: float | None) -> list[Report]:

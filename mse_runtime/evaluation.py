@@ -32,7 +32,7 @@ from mse_runtime.metrics import (
     per_class,
     regression_metrics,
 )
-from mse_runtime.readout import number_grid
+from mse_runtime.readout import number_grid, polarity
 
 if TYPE_CHECKING:
     from mse_runtime.analyzer import Analyzer
@@ -241,7 +241,6 @@ def report(
         labels = POLARITY
         low, high = task.range or (-1.0, 1.0)
         metrics = regression_metrics(scored.predicted, scored.truth, low, high)
-        # What a value rounds to on the grid decides its side, so that +0.02 counts as neutral.
         guess, true = (_side(task, values) for values in (scored.predicted, scored.truth))
     return Report(
         name=name,
@@ -261,8 +260,9 @@ def report(
 
 
 def _side(task: Task, values: Floats) -> Floats:
-    step = task.step or 0.1
-    return np.sign(np.round(values / step)) + 1
+    """0, 1, 2: negative, neutral, positive, as `mse-run` words a value."""
+    low, high = task.range or (-1.0, 1.0)
+    return polarity(values, low, high) + 1
 
 
 def _ece(task: Task, scored: Scored, temperature: float) -> float:
@@ -271,7 +271,8 @@ def _ece(task: Task, scored: Scored, temperature: float) -> float:
         return expected_calibration_error(table, scored.truth.astype(np.int64))
     low, high = task.range or (-1.0, 1.0)
     grid = number_grid(low, high, task.step or 0.1)
-    sides = np.stack([table[:, np.sign(grid) == side].sum(axis=1) for side in (-1, 0, 1)], axis=1)
+    columns = polarity(grid, low, high)
+    sides = np.stack([table[:, columns == side].sum(axis=1) for side in (-1, 0, 1)], axis=1)
     return expected_calibration_error(sides, _side(task, scored.truth).astype(np.int64))
 
 

@@ -20,7 +20,7 @@ from mse_runtime.prompt import Tokenizer
 if TYPE_CHECKING:
     from mse_runtime.bundle import Task
 
-__all__ = ["Answer", "Readout", "label_texts", "number_grid"]
+__all__ = ["Answer", "Readout", "intensity", "label_texts", "number_grid", "polarity"]
 
 Logits = NDArray[np.float32]
 
@@ -51,7 +51,8 @@ class Answer:
     Classification: `label` is the most probable class, `probabilities` has one entry per class.
     Regression: `value` is the expected value, `mode` the most probable number, `std` the
     distribution's standard deviation, `distribution` [(number, probability)] in rising order;
-    `label` words the value and `probabilities` sums negative, neutral and positive numbers.
+    `label` words the value and `probabilities` sums the numbers that are worded as negative,
+    neutral (within a sixth of the scale's end) and positive.
     `log_scores` [n_labels] are the labels' log-probabilities before the temperature, in order.
     """
 
@@ -132,15 +133,20 @@ class Readout:
             value=mean,
             label=intensity(mean, max(abs(low), abs(high))),
             probabilities={
-                "negative": float(weights[grid < 0].sum()),
-                "neutral": float(weights[grid == 0].sum()),
-                "positive": float(weights[grid > 0].sum()),
+                name: float(weights[polarity(grid, low, high) == side].sum())
+                for side, name in ((-1, "negative"), (0, "neutral"), (1, "positive"))
             },
             log_scores=log_scores,
             mode=float(grid[weights.argmax()]),
             std=float(np.sqrt(weights @ (grid - mean) ** 2)),
             distribution=tuple(zip(map(float, grid), map(float, weights), strict=True)),
         )
+
+
+def polarity(values: NDArray[np.float64], low: float, high: float) -> NDArray[np.float64]:
+    """-1, 0 or 1 for each value: neutral is what `intensity` words as neutral."""
+    top = max(abs(low), abs(high))
+    return np.sign(np.round(np.round(values, 10) / top * 3))
 
 
 def intensity(value: float, top: float) -> str:

@@ -82,7 +82,7 @@ def _cost(prediction: Prediction) -> Group:
     backbone = prediction.backend["backbone"]
     bundle = prediction.bundle
     lines = (
-        f"{timing['total']:.0f} ms ({stages}), {memory}",
+        f"{timing['total']:.0f} ms (side by side: {stages}), {memory}",
         f"{bundle['name']} {bundle['version']}, {prediction.task}; adapter "
         f"{prediction.backend['adapter']}; {backbone['offloaded_layers']}/{backbone['n_layer']} "
         f"layers on the GPU, threads {backbone['threads']}",

@@ -199,6 +199,22 @@ def test_errors_are_done_again_when_asked(tmp_path: Path) -> None:
     assert [entry["index"] for entry in lines(out)] == [0, 2, 1]
 
 
+def test_a_file_of_another_task_is_left_alone(tmp_path: Path) -> None:
+    feature_rows(tmp_path, 2)
+    out = tmp_path / "out.jsonl"
+    command = [
+        sys.executable, "-m", "mse_runtime.cli", "--batch", str(tmp_path / "list.csv"),
+        "-o", str(out),
+    ]  # fmt: skip
+    assert subprocess.run(command, capture_output=True, cwd=ROOT).returncode == 0
+    before = out.read_bytes()
+    for more in (["--task", "emotion"], ["--task", "emotion", "--retry"]):
+        done = subprocess.run([*command, *more], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 2
+        assert "another bundle, task or options" in done.stderr
+    assert out.read_bytes() == before
+
+
 def test_a_module_beside_the_clips_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "av.py").write_text("raise SystemExit('executed')")
     code = (

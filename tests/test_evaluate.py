@@ -291,8 +291,8 @@ def test_calibration_of_a_regression_is_over_its_sides() -> None:
     bundle = load_bundle(TINY)
     task = bundle.tasks["sentiment"]
     grid = np.round(np.arange(-30, 31) * 0.1, 1)
-    sure = np.where(grid > 0, 0.9 / 30, np.where(grid < 0, 0.1 / 30, 1e-9))
-    found = scored([1.0, 2.0, -1.0, 0.5], [sure] * 4)
+    sure = np.where(grid > 0.5, 0.9 / 25, np.where(grid < -0.5, 0.1 / 25, 1e-9))
+    found = scored([1.0, 2.0, -1.0, 0.6], [sure] * 4)
     found = replace(found, predicted=np.full(4, float(sure @ grid)))
     made = report("x", bundle, task, found, temperature=1.0)
     assert made.ece[0] == pytest.approx(0.15, abs=1e-6)  # says 0.9, is right in 3 of 4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -329,15 +328,12 @@ def _gguf_type(path: Path) -> str:
 def _adopt_gguf(
     given: Path, path: Path, target: Quant | None, request: Request, watcher: Watcher
 ) -> None:
-    """A user's own GGUF: linked (or copied) into the bundle, or quantised."""
+    """A user's own GGUF: copied into the bundle (a link would share changes), or quantised."""
     path.unlink(missing_ok=True)
     if target is None or target.base.name == _gguf_type(given):
         watcher.stage("Taking over the GGUF file")
-        try:
-            os.link(given, path)
-        except OSError:
-            check_free_space(path.parent, given.stat().st_size, "Copying the GGUF file")
-            shutil.copyfile(given, path)
+        check_free_space(path.parent, given.stat().st_size, "Copying the GGUF file")
+        shutil.copyfile(given, path)
         return
     from mse_export.quantize import quantize
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mse_runtime.batch.export import convert, journal_path
+from mse_runtime.batch.export import convert, failures, journal_path
 from mse_runtime.batch.journal import Journal
 from mse_runtime.batch.pool import FeaturePool
 from mse_runtime.batch.rows import read_rows
@@ -36,7 +38,9 @@ def run_batch(analyzer: Analyzer, listing: Path, output: Path, options: dict[str
     console = Console(stderr=True)
     workers = options["workers"] or max(1, min(4, len(os.sched_getaffinity(0))))
     with (
-        Journal(journal_path(output), rows, retry=options["retry"]) as journal,
+        Journal(
+            journal_path(output), rows, run=_fingerprint(analyzer, options), retry=options["retry"]
+        ) as journal,
         FeaturePool(workers, options["clip_timeout"], options["clip_memory"]) as pool,
         Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
@@ -72,4 +76,16 @@ def run_batch(analyzer: Analyzer, listing: Path, output: Path, options: dict[str
     if outcome.stopped:
         click.echo("stopped; run the same command again to go on", err=True)
         return 130
+    if outcome.failed:
+        for message, count in failures(journal_path(output)).most_common(3):
+            click.echo(f"  {count} x {message}", err=True)
+        click.echo("--retry does the rows with errors again.", err=True)
     return 1 if outcome.failed else 0
+
+
+def _fingerprint(analyzer: Analyzer, options: dict[str, Any]) -> str:
+    """Twelve hex digits of everything that an answer depends on beside its row."""
+    bundle = analyzer.bundle
+    chosen = [options[name] for name in ("task", "parity", "fps", "max_seconds")]
+    text = json.dumps([bundle.to_dict(), *chosen], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

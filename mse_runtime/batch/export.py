@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mse_runtime.errors import UsageError
 
-__all__ = ["convert", "journal_path"]
+__all__ = ["convert", "failures", "journal_path"]
 
 TABLES = (".csv", ".parquet")
 PLAIN = ("index", "id", "clip", "text", "task", "value", "label", "mode", "std")
@@ -61,12 +62,18 @@ def convert(output: Path) -> None:
         ) from error
 
 
+def failures(journal: Path) -> Counter[str]:
+    """How often each error occurs."""
+    return Counter(row["error"] for row in _rows(journal) if row["error"])
+
+
 def _rows(journal: Path) -> Iterator[dict[str, Any]]:
     with journal.open(encoding="utf-8") as handle:
         for line in handle:
             entry = json.loads(line)
             row = {name: entry.get(name) for name in PLAIN}
             row |= {f"p_{name}": p for name, p in (entry.get("probabilities") or {}).items()}
+            row["bundle"] = (entry.get("bundle") or {}).get("name")
             row["error"] = entry["error"]["message"] if "error" in entry else None
             row["warnings"] = " | ".join(entry.get("warnings", ())) or None
             yield row

@@ -21,15 +21,18 @@ __all__ = ["Journal"]
 class Journal:
     """An append-only JSON Lines file; `done` holds the indices that have a line."""
 
-    def __init__(self, path: Path, rows: list[Row], *, retry: bool = False) -> None:
+    def __init__(self, path: Path, rows: list[Row], *, run: str = "", retry: bool = False) -> None:
         """Open `path` for `rows`, repairing and reading what an earlier run left.
 
+        `run` tells what every line was made with (bundle, task, ...): a file of another run is
+        refused, so that no file mixes answers.
         With `retry`, lines with an error are dropped, so that their rows are done again.
 
         Raises:
             UsageError: the file belongs to another list, or cannot be written.
         """
         self.path = path
+        self.run = run
         self.done: set[int] = set()
         self.failed = 0
         try:
@@ -40,9 +43,12 @@ class Journal:
                 "exists."
             ) from error
         try:
-            if retry:
-                self._drop_errors()
             self._resume(rows)
+            if retry and self.failed:
+                self._drop_errors()
+                self.done.clear()
+                self.failed = 0
+                self._resume(rows)
         except BaseException:
             os.close(self._fd)
             raise
@@ -80,6 +86,11 @@ class Journal:
                 row = rows[index]
                 if name != row.id or entry.get("text", row.text) != row.text:
                     raise self._foreign()
+                if entry.get("run", "") != self.run:
+                    raise UsageError(
+                        f"{self.path} was written with another bundle, task or options. Give "
+                        "another -o, or remove it."
+                    )
                 good += len(line)
                 self.done.add(index)
                 self.failed += "error" in entry
@@ -96,6 +107,8 @@ class Journal:
         Raises:
             UsageError: the disk is full or gone. What was written before stays whole.
         """
+        if self.run:
+            entry = {**entry, "run": self.run}
         line = json.dumps(entry, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
         end = os.fstat(self._fd).st_size
         try:
