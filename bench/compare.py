@@ -91,6 +91,8 @@ def demands(records: Sequence[Record]) -> str:
     for record in last.values():
         number = record["value"] if record["kind"] == "value" else record["median"]
         spread = f"{record['spread']:.0%}" if "spread" in record else ""
+        if record.get("n") == 1:
+            spread = "one turn"
         model = f"{record.get('shape', '')} {record.get('quant', '')}"
         unit = f" {record['unit']}" if record["kind"] == "value" else ""
         shown = f"{number:.3f}" if number < 100 else f"{number:.0f}"

@@ -136,7 +136,9 @@ def main() -> None:
         measure(args.shapes, args.quick, args.minutes, source, common, args.bundles)
     records = read_records(source)
     pictures = draw(records, args.to.parent / "bench" / "plots")
-    args.to.write_text(report(records, pictures, args.to.parent, source), encoding="utf-8")
+    args.to.write_text(
+        report(records, pictures, args.to.parent, source.resolve()), encoding="utf-8"
+    )
     print(args.to)
 
 

@@ -110,5 +110,6 @@ def _commands(records: Sequence[Record]) -> str:
     if not steps:
         return "See the records.\n"
     return table(
-        ("command", "minutes"), [(f"`{r['command']}`", f"{r['minutes']:.1f}") for r in steps]
+        ("command", "minutes"),
+        [(f"`{r['command']}`", f"{r['minutes']:.1f}" if "minutes" in r else "") for r in steps],
     )
