@@ -229,6 +229,8 @@ def test_cached_name_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def child(arguments: list[str], limit: int | None = None) -> subprocess.Popen[str]:
     def prepare() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        # A test run started in the background hands an ignored Ctrl-C down to its children.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
