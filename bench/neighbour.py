@@ -54,7 +54,7 @@ def beside(pair: Pair, args: argparse.Namespace, write: Writer) -> None:
     about = {"shape": pair.shape, "quant": pair.quant, "threads": engine.threads}
     write(timing("neighbour", "answer, alone", alone, **about))
     write(timing("neighbour", f"answer, beside {cores} busy processes", busy, **about))
-    write(ratio("neighbour", "beside busy neighbours / alone", busy, alone, demand="<= 3",
+    write(ratio("neighbour", "beside busy neighbours / alone", busy, alone,
                 **about))  # fmt: skip
 
 

@@ -12,7 +12,8 @@ __all__ = ["default_threads", "make_plan", "positions", "vram_mb"]
 
 SMALL_MODEL = 32_000_000
 HOST_BUFFER = re.compile(r"CPU|AMX|\S+_Host")
-# ONNX Runtime, PyAV, the face networks and a clip's frames in flight (bench/memory.py).
+# ONNX Runtime, PyAV, the face networks and a clip's frames in flight: set from measured peaks of
+# `tiny` on the example clips, so its plan is no prediction there (bench/memory.py).
 FEATURE_BYTES = 80_000_000
 
 
