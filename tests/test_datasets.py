@@ -27,9 +27,9 @@ from mse_runtime.datasets import (
     parse_label,
     summary,
 )
+from mse_runtime.datasets.open_format import guess_info, write_info
+from mse_runtime.datasets.safe_pickle import load_pickle
 from mse_runtime.errors import MediaError, UsageError
-from mse_runtime.open_data import guess_info, write_info
-from mse_runtime.safe_pickle import load_pickle
 
 EMOTION = DataSetInfo("e", "classification", "lld13/1", "face167/1", ("sad", "glad"))
 
@@ -207,7 +207,7 @@ plain = st.recursive(
 @given(plain, st.integers(0, pickle.HIGHEST_PROTOCOL))
 @settings(max_examples=60, deadline=None)
 def test_plain_values_survive(value: Any, protocol: int) -> None:
-    from mse_runtime.safe_pickle import _Unpickler
+    from mse_runtime.datasets.safe_pickle import _Unpickler
 
     assert _Unpickler(io.BytesIO(pickle.dumps(value, protocol))).load() == value
 

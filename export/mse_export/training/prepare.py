@@ -25,8 +25,8 @@ from mse_runtime.datasets import (
     parse_label,
     split_name,
 )
+from mse_runtime.datasets.open_format import INFO, MANIFEST, guess_info, read_rows, write_info
 from mse_runtime.errors import MediaError, MSEError, UsageError
-from mse_runtime.open_data import INFO, MANIFEST, guess_info, read_rows, write_info
 
 __all__ = ["Prepared", "Row", "prepare", "read_clips"]
 

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mse_runtime.datasets import (
+from mse_runtime.datasets.safe_pickle import load_pickle
+from mse_runtime.datasets.samples import (
     PUBLISHED,
     SPLITS,
     DataSet,
@@ -26,7 +27,6 @@ from mse_runtime.datasets import (
     split_name,
 )
 from mse_runtime.errors import MediaError, UsageError
-from mse_runtime.safe_pickle import load_pickle
 
 __all__ = ["read_file", "read_folder"]
 

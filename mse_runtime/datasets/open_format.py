@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mse_runtime.datasets import (
+from mse_runtime.datasets.samples import (
     DataSet,
     DataSetInfo,
     Kind,

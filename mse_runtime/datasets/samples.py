@@ -1,8 +1,6 @@
-"""Data sets for training and evaluation: samples with a transcript, a label and features.
+"""What a data set is made of: samples with a transcript, a label and features, in splits.
 
-Three forms are read: the published pickles (`published_data`), an open format of a CSV manifest
-with one `.npz` or clip per row, and a single `.npz` (`open_data`; both in docs/data.md). What is
-wrong with a row is kept as a `Problem` beside the good ones, so that nothing vanishes in silence.
+What is wrong with a row is kept as a `Problem` beside the good ones: nothing vanishes in silence.
 """
 
 from __future__ import annotations
@@ -31,8 +29,10 @@ __all__ = [
     "Sample",
     "assign_split",
     "check_samples",
-    "load_dataset",
+    "held_features",
     "parse_label",
+    "split_name",
+    "summary",
 ]
 
 SPLITS = ("train", "valid", "test")
@@ -145,38 +145,6 @@ PUBLISHED = {
         ),
     )
 }
-
-
-def load_dataset(path: str | Path, name: str | None = None) -> DataSet:
-    """The data set at `path`: a pickle, a folder of pickles, a folder with `manifest.csv`, a CSV or
-    an `.npz`.
-
-    `name` is one of `PUBLISHED` for the published pickles (otherwise told from the feature widths)
-    and free for one's own. Raises MediaError for what cannot be read at all.
-    """
-    from mse_runtime import open_data, published_data
-
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise MediaError(
-            f"There is no data set at {path}. Give a published pickle, a folder of them, or a "
-            "folder made by: mse-train prepare clips.csv -o data/"
-        )
-    if path.is_dir():
-        if (path / open_data.MANIFEST).exists():
-            return open_data.read_manifest(path / open_data.MANIFEST, name)
-        if any(path.glob("*.pkl")):
-            return published_data.read_folder(path, name)
-    elif path.suffix in (".pkl", ".pickle"):
-        return published_data.read_file(path, name)
-    elif path.suffix == ".csv":
-        return open_data.read_manifest(path, name)
-    elif path.suffix == ".npz":
-        return open_data.read_npz(path, name)
-    raise MediaError(
-        f"{path} is no data set: expected .pkl, .csv, .npz, or a folder with {open_data.MANIFEST} "
-        "or *.pkl (docs/data.md)."
-    )
 
 
 def parse_label(value: object, info: DataSetInfo) -> float:
