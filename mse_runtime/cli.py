@@ -190,6 +190,7 @@ def run(context: click.Context, /, arguments: tuple[str, ...], **options: Any) -
         "--features-only": _features_only,
         "--plan alone": _plan_only,
     }
+    _check_outputs(options)
     commands.get(mode, _answer)(arguments, options)
 
 
@@ -206,6 +207,17 @@ def _check_options(mode: str, context: click.Context) -> None:
     if idle:
         names = ", ".join("--" + n.removeprefix("as_").replace("_", "-") for n in sorted(idle))
         raise UsageError(f"{names} has no meaning with {mode}. Leave it out; see mse-run --help.")
+
+
+def _check_outputs(options: dict[str, Any]) -> None:
+    """Refuse what could not be written at the end before anything is computed."""
+    for path in (options["plot"], options["output"]):
+        if path and not path.absolute().parent.is_dir():
+            raise UsageError(f"There is no folder {path.parent} for {path.name}: make it first.")
+    if options["plot"]:
+        from mse_runtime.plot import check_plot
+
+        check_plot(options["plot"])
 
 
 def _answer(arguments: tuple[str, ...], options: dict[str, Any]) -> None:

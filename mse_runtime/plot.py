@@ -8,6 +8,7 @@ from __future__ import annotations
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_prediction"]
+__all__ = ["check_plot", "plot_prediction"]
 
 FORMATS = (".png", ".svg", ".pdf")
 MAX_FRAMES = 8
@@ -45,6 +46,15 @@ OUTLINES = (
 )
 
 
+def check_plot(out: str | Path) -> None:
+    """Raise UsageError where `out` could not be drawn: before the work, not after it."""
+    path = Path(out)
+    if path.suffix.lower() not in FORMATS:
+        raise UsageError(f"{path}: a plot is one of {', '.join(FORMATS)}; give such a name.")
+    if find_spec("matplotlib") is None:
+        raise UsageError("a plot needs matplotlib: `pip install 'mse-runtime[plot]'`.")
+
+
 def plot_prediction(
     features: Features | None, prediction: Mapping[str, Any] | None, out: str | Path
 ) -> None:
@@ -57,15 +67,12 @@ def plot_prediction(
     Raises UsageError: matplotlib is missing, no features, or a file that cannot be written.
     """
     path = Path(out)
-    if path.suffix.lower() not in FORMATS:
-        raise UsageError(f"{path}: a plot is one of {', '.join(FORMATS)}; give such a name.")
+    check_plot(path)
     if features is None:
         raise UsageError("nothing to draw: run on a clip first, then plot its features.")
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UsageError("a plot needs matplotlib: `pip install 'mse-runtime[plot]'`.") from error
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     style: dict[Any, Any] = {
         "font.family": _fonts(),
         "font.size": 9,

@@ -110,6 +110,9 @@ def test_options_that_would_do_nothing_are_refused(arguments: tuple[str, ...]) -
         (CLIP, ""),
         (CLIP, TEXT, "--task", "x"),
         ("--features", "f"),
+        (CLIP, TEXT, "--plot", "no/such/folder/a.png"),
+        (CLIP, TEXT, "--plot", "a.gif"),
+        (CLIP, "--features-only", "-o", "no/such/folder/f.npz"),
     ],
 )
 def test_usage_errors(arguments: tuple[str, ...]) -> None:
