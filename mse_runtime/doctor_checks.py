@@ -173,7 +173,8 @@ def kernels() -> Iterator[Finding]:
 
     for fact in cache.read_json(adapter_auto.FILE).values():
         if isinstance(fact, dict) and "backend" in fact:
-            yield Finding("auto", "ok", f"chose {fact['backend']}: {fact.get('why', '')}")
+            shape = fact.get("adapter", "an adapter")
+            yield Finding("auto", "ok", f"{shape}: {fact['backend']}: {fact.get('why', '')}")
         elif isinstance(fact, dict) and "trying" in fact:
             yield Finding(
                 "auto",

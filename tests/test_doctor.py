@@ -173,7 +173,11 @@ def test_both_onnx_runtime_wheels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_remembered_choices_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = {
-        "a": {"backend": "kernels-cpu", "why": "0.1 ms against 0.2 ms"},
+        "a": {
+            "adapter": "13 + 167 columns to 4 x 192",
+            "backend": "kernels-cpu",
+            "why": "0.1 ms against 0.2 ms",
+        },
         "b": {"trying": "kernels-cuda", "pid": 1},
         "c": "nonsense",
     }
@@ -182,6 +186,7 @@ def test_remembered_choices_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
         finding.status: finding for finding in doctor_checks.kernels() if finding.name == "auto"
     }
     cache.write_json(adapter_auto.FILE, {})
+    assert found["ok"].detail.startswith("13 + 167 columns")
     assert "kernels-cpu: 0.1 ms against 0.2 ms" in found["ok"].detail
     assert "kernels-cuda" in found["warning"].detail
     assert str(found["warning"].fix).startswith("rm ")

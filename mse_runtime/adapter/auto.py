@@ -87,7 +87,7 @@ def _measured(
     fact: dict[str, Any] | None = None
     try:
         other = open_backend(bundle, rival, threads, provider)
-        fact = _compare(standard, other, _sample(bundle))
+        fact = {"adapter": _shape(bundle, threads)} | _compare(standard, other, _sample(bundle))
     except MSEError as error:  # not remembered: what is missing may be installed later
         return _chosen(standard, str(error))
     finally:
@@ -140,6 +140,13 @@ def _sample(bundle: Bundle) -> Inputs:
             np.array([steps], np.int64),
         ]
     return tuple(arrays)
+
+
+def _shape(bundle: Bundle, threads: int) -> str:
+    """What was measured, for people: widths in, pseudo tokens out, threads."""
+    info = bundle.adapter
+    told = f"{info.audio_dim} + {info.face_dim} columns to {info.n_pseudo} x {info.n_embd}"
+    return f"{told}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _key(bundle: Bundle, threads: int, provider: Provider) -> str:
