@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -89,17 +90,11 @@ def test_tokeniser_equals_the_folders_own(
     strings = sample_strings(1000)
     with Backbone.open(ggufs[kind], n_ctx=256, threads=1, low_memory=True) as model:
         control = {i for i, t in enumerate(Gguf.open(ggufs[kind]).array(TYPES)) if t == 3}
+        if arch in ("qwen", "qwen2"):  # their tokenisers do, and the runtime's prompt
+            strings = [unicodedata.normalize("NFC", text) for text in strings]
         found = {text: model.tokenize(text).tolist() for text in strings}
         assert not any(control.intersection(ids) for ids in found.values())
-        if arch in ("qwen", "qwen2"):
-            # The runtime normalises nothing; NFC is the caller's (Qwen's tokeniser does it).
-            strings = [text for text in strings if "e\u0301" not in text]
-        if arch == "chatglm":
-            # The word "sop" is spelled like a control token and may be split otherwise.
-            strings = [text for text in strings if "sop" not in text]
-        wrong = [text for text in strings if found[text] != encode(text)]
-        assert len(strings) >= 800
-        assert wrong == []
+        assert [text for text in strings if found[text] != encode(text)] == []
         if arch == "chatglm":
             ids = model.tokenize("[gMASK]sop", special=True).tolist()
             pieces = Gguf.open(ggufs[kind]).array("tokenizer.ggml.tokens")

@@ -66,9 +66,9 @@ _FRAGMENTS = (
     "<Multimodal>", "</Multimodal>", "{question}", "这部电影真的很好看", "我不喜欢，太无聊了！",
     "范围在[-1.0, 1.0]之间", "情感为", "😀", "👩‍👩‍👧‍👦", "🎉🔥", "naïve café", "Привет",
     "こんにちは", "안녕", "  ", "   \t ", "\n", "\n\n", "\r\n", "a\u00a0b", "<s>", "</s>", "<unk>",
-    "<|im_start|>", "<|endoftext|>", "[gMASK]", "sop", "<|user|>", "<0x41>", "▁", "Ġ", "...", "?!",
-    "@#$%^&*()", "x=1;y=2", "http://a.b/c?d=e", "ALL CAPS", "MiXeD", "'", '"', "_under_", "ﬁ", "½",
-    "№", "e\u0301",
+    "<|im_start|>", "<|endoftext|>", "[gMASK]", "sop", "op", "eop", "dropout", "<|user|>", "<0x41>",
+    "▁", "Ġ", "...", "?!", "@#$%^&*()", "x=1;y=2", "http://a.b/c?d=e", "ALL CAPS", "MiXeD", "'",
+    '"', "_under_", "ﬁ", "½", "№", "e\u0301",
 )  # fmt: skip
 
 

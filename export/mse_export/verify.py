@@ -181,10 +181,6 @@ def _check_tokeniser(bundle: Bundle, backbone: Any, folder: Path, report: Report
         strings += [segment.text for segment in task.prompt if segment.text and not segment.special]
         strings += [label.text for label in task.labels]
     strings = [unicodedata.normalize("NFC", text) for text in strings]
-    if bundle.backbone.arch == "chatglm":
-        # llama.cpp merges "s" and "op" into the control token before the runtime takes it apart
-        # again, so the plain word may be split otherwise; it never becomes the control token.
-        strings = [text for text in strings if "sop" not in text]
     wrong = [text for text in strings if backbone.tokenize(text).tolist() != encode(text)]
     report.add(
         "tokeniser", not wrong, f"{len(strings) - len(wrong)} of {len(strings)} equal", "all"

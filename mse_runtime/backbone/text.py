@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import heapq
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,8 @@ from mse_runtime.gguf import Gguf
 
 __all__ = ["Speller"]
 
-_UNKNOWN, _CONTROL = 1 << 0, 1 << 3  # llama_token_attr
+_UNKNOWN, _NORMAL, _CONTROL, _USER_DEFINED, _BYTE = (1 << i for i in (0, 2, 3, 4, 5))
+"""Of llama_token_attr."""
 _MAX_BYTES = 1 << 28
 
 
@@ -22,8 +25,9 @@ class Speller:
 
     def __init__(self, lib: Any, vocab: Any, gguf: Gguf) -> None:
         self._lib, self._vocab, self._gguf = lib, vocab, gguf
-        self._spelled: dict[int, list[int]] = {}
-        self._pieces: dict[str, int] | None = None
+        self._sentencepiece = gguf.value("tokenizer.ggml.model", "") == "llama"
+        self._pieces: dict[str, tuple[float, int]] | None = None
+        self._bytes: dict[bytes, int] | None = None
 
     def tokenize(self, text: str, special: bool) -> npt.NDArray[np.int32]:
         """int32 [n]. NUL is an ordinary character; lone surrogates raise BackboneError."""
@@ -60,38 +64,93 @@ class Speller:
     def _without_controls(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """llama.cpp doesn't parse special spellings here, but its merges may still build one.
 
-        A SentencePiece vocabulary with the pieces `<s` and `>` merges them into `<s>`, the BOS:
-        SentencePiece itself would not. Such an id is replaced by those of its characters.
+        A SentencePiece vocabulary with the pieces `s` and `op` merges them into ChatGLM's control
+        token `sop`: SentencePiece itself would not. Around such an id the pieces are merged anew.
         """
+        foreign, apart = _CONTROL, ~_CONTROL
+        if self._sentencepiece:  # falls back to bytes: "unknown" is never its answer either
+            foreign, apart = _CONTROL | _UNKNOWN, _USER_DEFINED
+        kinds = [self._kind(token) for token in ids.tolist()]
+        if not any(kind & foreign for kind in kinds):
+            return ids
         found: list[int] = []
-        for token in ids.tolist():
-            found += self._characters(token) if self._is_control(token) else [token]
-        return np.array(found, np.int32) if len(found) != len(ids) else ids
+        for mergeable, run in groupby(
+            zip(ids.tolist(), kinds, strict=True), lambda each: not each[1] & apart
+        ):
+            tokens = list(run)
+            if mergeable and any(kind & foreign for _, kind in tokens):
+                raw = b"".join(self._spelling(token, kind) for token, kind in tokens)
+                found += self._merged(raw.decode("utf-8", errors="replace"))
+            else:
+                found += [token for token, _ in tokens]
+        return np.array(found, np.int32)
 
-    def _is_control(self, token: int) -> bool:
-        return bool(int(self._lib.llama_vocab_get_attr(self._vocab, token)) & _CONTROL)
+    def _kind(self, token: int) -> int:
+        return int(self._lib.llama_vocab_get_attr(self._vocab, token))
 
-    def _characters(self, token: int) -> list[int]:
-        if token not in self._spelled:
-            if self._pieces is None:
-                pieces = self._gguf.array("tokenizer.ggml.tokens")
-                self._pieces = {
-                    piece: index
-                    for index, piece in enumerate(pieces)
-                    if not self._is_control(index)
-                }
-            spelling = (self._lib.llama_vocab_get_text(self._vocab, token) or b"").decode()
-            self._spelled[token] = [
-                index for char in spelling for index in self._character(char, self._pieces)
-            ]
-        return self._spelled[token]
+    def _spelling(self, token: int, kind: int) -> bytes:
+        text: bytes = self._lib.llama_vocab_get_text(self._vocab, token) or b""
+        return bytes([int(text[3:5], 16)]) if kind & _BYTE else text
 
-    @staticmethod
-    def _character(char: str, pieces: dict[str, int]) -> list[int]:
-        if char in pieces:
-            return [pieces[char]]
-        as_bytes = [pieces.get(f"<0x{byte:02X}>") for byte in char.encode()]
-        return [index for index in as_bytes if index is not None]
+    def _merged(self, text: str) -> list[int]:
+        """SentencePiece's own rule, control tokens left out: the neighbours whose joint piece has
+        the highest score are merged first, the leftmost of equals, until none is in the vocabulary.
+        """
+        pieces = self._plain_pieces()
+        parts: list[str | None] = list(text)
+        before, after = list(range(-1, len(parts) - 1)), list(range(1, len(parts) + 1))
+        queue: list[tuple[float, int, str]] = []
+
+        def offer(left: int) -> None:
+            right = after[left] if left >= 0 else len(parts)
+            if right < len(parts):
+                joined = f"{parts[left]}{parts[right]}"
+                if joined in pieces:
+                    heapq.heappush(queue, (-pieces[joined][0], left, joined))
+
+        for start in range(len(parts)):
+            offer(start)
+        while queue:
+            _, left, joined = heapq.heappop(queue)
+            right = after[left]
+            if parts[left] is None or right == len(parts):
+                continue
+            if f"{parts[left]}{parts[right]}" != joined:
+                continue  # one of the two has been merged since
+            parts[left], parts[right] = joined, None
+            after[left] = after[right]
+            if after[right] < len(parts):
+                before[after[right]] = left
+            offer(before[left])
+            offer(left)
+        return [token for part in parts if part is not None for token in self._ids(part, pieces)]
+
+    def _plain_pieces(self) -> dict[str, tuple[float, int]]:
+        """Ordinary pieces: spelling -> (score, id); of other vocabularies only the characters."""
+        if self._pieces is None:
+            tokens = self._gguf.array("tokenizer.ggml.tokens")
+            scores = [0.0] * len(tokens)
+            if self._gguf.array_length("tokenizer.ggml.scores") == len(tokens):
+                scores = self._gguf.array("tokenizer.ggml.scores")
+            self._pieces = {
+                piece: (score, index)
+                for index, (piece, score) in enumerate(zip(tokens, scores, strict=True))
+                if self._kind(index) & _NORMAL and (self._sentencepiece or len(piece) == 1)
+            }
+        return self._pieces
+
+    def _ids(self, part: str, pieces: dict[str, tuple[float, int]]) -> list[int]:
+        """The id of a piece; the ids of its bytes where the vocabulary does not have it."""
+        if part in pieces:
+            return [pieces[part][1]]
+        if self._bytes is None:
+            tokens = self._gguf.array("tokenizer.ggml.tokens")
+            self._bytes = {
+                self._spelling(index, _BYTE): index
+                for index in range(len(tokens))
+                if self._kind(index) & _BYTE
+            }
+        return [self._bytes[bytes([b])] for b in part.encode() if bytes([b]) in self._bytes]
 
     def detokenize(self, ids: npt.NDArray[np.int32], special: bool) -> str:
         """Text of ids; broken UTF-8 becomes U+FFFD."""
