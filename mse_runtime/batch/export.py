@@ -76,7 +76,14 @@ def _rows(journal: Path) -> Iterator[dict[str, Any]]:
             row["bundle"] = (entry.get("bundle") or {}).get("name")
             row["error"] = entry["error"]["message"] if "error" in entry else None
             row["warnings"] = " | ".join(entry.get("warnings", ())) or None
-            yield row
+            yield {name: _text(value) for name, value in row.items()}
+
+
+def _text(value: Any) -> Any:
+    """Half a surrogate pair (a file name that is not UTF-8) as \\udc..: tables hold text only."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    return value
 
 
 def _pyarrow() -> tuple[Any, Any]:

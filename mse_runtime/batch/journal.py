@@ -109,7 +109,9 @@ class Journal:
         """
         if self.run:
             entry = {**entry, "run": self.run}
-        line = json.dumps(entry, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
+        # File names need not be UTF-8: half a surrogate pair becomes \udc.., as JSON writes it.
+        text = json.dumps(entry, ensure_ascii=False, allow_nan=False)
+        line = text.encode("utf-8", "backslashreplace") + b"\n"
         end = os.fstat(self._fd).st_size
         try:
             rest = memoryview(line)

@@ -122,7 +122,7 @@ def _row(index: int, fields: dict[str, Any], folder: Path) -> Row:
             return None
         try:
             value = float(fields[name])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             value = math.nan
         if not value >= 0 or math.isinf(value):
             problems.append(f"{name} is not a number of seconds")
