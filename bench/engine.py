@@ -69,8 +69,8 @@ class Layout:
 
     @property
     def n_prompt(self) -> int:
-        """Positions of the prompt, the forced first tokens of every label included."""
-        return len(self.prompt) + len(self.readout.trie.prefix)
+        """Positions of the prompt."""
+        return len(self.prompt)
 
     @property
     def n_readout(self) -> int:
@@ -135,8 +135,9 @@ class Layout:
         if len(prompt.early):
             backbone.prefill(prompt.early, logits="none")
         backbone.prefill(pseudo, logits="none")
-        first = backbone.prefill(np.concatenate([prompt.late, self.readout.trie.prefix]))
-        self.readout.score(backbone, first)
+        trie = self.readout.trie
+        logits = backbone.prefill_tree(prompt.late, trie.tokens, trie.parents, trie.branches)
+        self.readout.score(logits)
         return time.perf_counter() - begun
 
     def stages(self) -> dict[str, float]:

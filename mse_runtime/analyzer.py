@@ -240,27 +240,24 @@ class Analyzer:
                 backbone, task.prompt, self.bundle.text, text, self.bundle.adapter.n_pseudo
             )
             trie = readout.trie
-            room = len(prompt) + len(trie.prefix) + len(trie.tokens) + task.max_new_tokens
-            backbone.reserve(room, trie.n_paths)
+            room = len(prompt) + max(len(trie.tokens) + 1, task.max_new_tokens)
+            backbone.reserve(room, trie.n_paths + 1)
             try:
                 with watch.stage("prefill"):
                     pending = self._prefill_early(backbone, prompt)
                 found = features.result()
                 with watch.stage("adapter"):
                     pseudo = self._pseudo(backbone, prompt, found)
-                forced = trie.prefix
-                tail = prompt.late if parity else np.concatenate([prompt.late, forced])
                 with watch.stage("prefill"):
-                    rows = [backbone.embed(pending), pseudo, backbone.embed(tail)]
-                    first = backbone.prefill(np.concatenate(rows))
+                    rows = [backbone.embed(pending), pseudo, backbone.embed(prompt.late)]
+                    logits = backbone.prefill_tree(
+                        np.concatenate(rows), trie.tokens, trie.parents, trie.branches
+                    )
                 with watch.stage("readout"):
+                    answer = readout.score(logits)
                     generated = None
                     if parity:
-                        generated = generate(backbone, first, task.kind, task.max_new_tokens)
-                        backbone.truncate(0, len(prompt))
-                        if len(forced):
-                            first = backbone.prefill(forced)
-                    answer = readout.score(backbone, first)
+                        generated = generate(backbone, logits[0], task.kind, task.max_new_tokens)
             finally:
                 backbone.truncate(0, len(self._constant))
             self.last_features = found

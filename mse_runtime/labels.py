@@ -1,8 +1,8 @@
 """A trie over tokenised labels: the set of answers a task can give.
 
-Scoring a known set needs logits only where the trie branches. Tokens that every label starts with
-are forced and can be prefilled with the prompt; forced steps further down cost positions but no
-decision. Labels that are a prefix of another cannot be told apart this way and are refused.
+Scoring a known set needs logits only where the trie branches; tokens in between, and those that
+every label starts with, cost positions but no decision. The last token of a label is never fed.
+Labels that are a prefix of another cannot be told apart this way and are refused.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class _Node:
 class LabelTrie:
     """A trie over token sequences.
 
-    `prefix` [k] are the ids that every label starts with. `tokens` [n] and `parents` [n] describe
-    the nodes whose logits are needed to score the labels after the prefix (-1: the end of the
-    prefix), parents before children: exactly what `Backbone.decode_tree` takes.
+    `tokens` [n] and `parents` [n] describe the nodes that have to be fed to score the labels (-1:
+    the end of the prompt), parents before children, and `branches` [n] those whose logits decide
+    something: exactly what `Backbone.prefill_tree` takes. `n_paths` counts the leaves.
     """
 
-    prefix: NDArray[np.int32]
     tokens: NDArray[np.int32]
     parents: NDArray[np.int32]
+    branches: NDArray[np.bool_]
     n_labels: int
     n_paths: int
     _steps: tuple[tuple[int, tuple[int, ...], tuple[tuple[int, ...], ...]], ...]
@@ -52,45 +52,41 @@ class LabelTrie:
     def build(cls, labels: Sequence[Sequence[int]]) -> LabelTrie:
         """The trie of `labels`: non-empty sequences of token ids, prefix-free and distinct."""
         nodes = _grow(labels)
-        start, prefix = 0, []
-        while len(nodes[start].children) == 1 and nodes[start].label is None:
-            start = next(iter(nodes[start].children.values()))
-            if nodes[start].label is not None:  # a single label: nothing to decide
-                break
-            prefix.append(nodes[start].token)
-        inner = _inner(nodes, start)
-        place = {number: i for i, number in enumerate(inner)} | {start: ROOT}
+        inner = _inner(nodes)
+        place = {number: i for i, number in enumerate(inner)} | {0: ROOT}
+        branches = [number for number in inner if len(nodes[number].children) > 1]
+        # Row 0 of the logits is the prompt's; it decides nothing where all labels begin alike.
+        deciding = [(0, 0)] if len(nodes[0].children) > 1 else []
+        deciding += [(row, number) for row, number in enumerate(branches, 1)]
         steps = tuple(
             (
-                place[number],
+                row,
                 tuple(nodes[number].children),
                 tuple(tuple(_labels_under(nodes, c)) for c in nodes[number].children.values()),
             )
-            for number in (start, *inner)
-            if len(nodes[number].children) > 1
+            for row, number in deciding
         )
         leaves = [n for n in inner if not any(c in place for c in nodes[n].children.values())]
         return cls(
-            prefix=np.array(prefix, np.int32),
             tokens=np.array([nodes[n].token for n in inner], np.int32),
             parents=np.array([place[nodes[n].parent] for n in inner], np.int32),
+            branches=np.array([len(nodes[n].children) > 1 for n in inner], np.bool_),
             n_labels=len(labels),
             n_paths=len(leaves),
             _steps=steps,
         )
 
-    def log_probabilities(self, first: Logits, tree: Logits | None) -> Probabilities:
+    def log_probabilities(self, logits: Logits) -> Probabilities:
         """Log-probability of every label [n_labels], normalised over the labels.
 
-        `first` [n_vocab] are the logits after the prefix, `tree` [n, n_vocab] those after each of
-        `tokens`. At each branch the softmax runs over the branch's tokens alone.
+        `logits` [1 + k, n_vocab]: after the prompt, then after each of the k `branches`. At each
+        branch the softmax runs over the branch's tokens alone.
         """
         scores = np.zeros(self.n_labels)
-        for place, tokens, under in self._steps:
-            row = first if place == ROOT or tree is None else tree[place]
-            logits = row[list(tokens)].astype(np.float64)
-            logits -= np.logaddexp.reduce(logits)
-            for value, labels in zip(logits, under, strict=True):
+        for row, tokens, under in self._steps:
+            values = logits[row][list(tokens)].astype(np.float64)
+            values -= np.logaddexp.reduce(values)
+            for value, labels in zip(values, under, strict=True):
                 scores[list(labels)] += value
         return scores
 
@@ -122,16 +118,16 @@ def _not_prefix_free(labels: Sequence[Sequence[int]], one: int, other: int) -> B
     )
 
 
-def _inner(nodes: list[_Node], start: int) -> list[int]:
-    """Nodes below `start` that lead to a later branch or are one, breadth first."""
+def _inner(nodes: list[_Node]) -> list[int]:
+    """Nodes that lead to a later branch or are one, breadth first."""
     needed: set[int] = set()
     for number, node in enumerate(nodes):
         if len(node.children) > 1:
             at = number
-            while at not in (start, 0) and at not in needed:
+            while at and at not in needed:
                 needed.add(at)
                 at = nodes[at].parent
-    queue, order = [start], []
+    queue, order = [0], []
     for number in queue:
         below = [child for child in nodes[number].children.values() if child in needed]
         queue.extend(below)

@@ -1,15 +1,15 @@
 """From logits to an answer: a distribution over the task's labels.
 
 The label set of a task is known, so nothing is generated to classify: the labels' tokens form a
-trie (`labels`) that is scored from the prompt's last logits and at most one further
-`llama_decode`. Regression walks the trie of the printable numbers and reports the expected value,
-the arg max and the standard deviation.
+trie (`labels`) whose nodes go through the model in the same pass as the prompt's end
+(`Backbone.prefill_tree`). Regression walks the trie of the printable numbers and reports the
+expected value, the arg max and the standard deviation.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,14 +34,6 @@ INTENSITY = (
     "positive",
     "strongly positive",
 )
-
-
-class TreeDecoder(Protocol):
-    """What a readout needs of a backbone."""
-
-    def decode_tree(
-        self, tokens: NDArray[np.int32], parents: NDArray[np.int32], *, seq: int = 0
-    ) -> Logits: ...
 
 
 @dataclass(frozen=True)
@@ -94,23 +86,12 @@ class Readout:
             task, LabelTrie.build([list(tokenizer.tokenize(text)) for text in label_texts(task)])
         )
 
-    def score(
-        self,
-        backbone: TreeDecoder,
-        first: Logits,
-        *,
-        seq: int = 0,
-        temperature: float | None = None,
-    ) -> Answer:
-        """The answer from `first` [n_vocab], the logits after prompt and trie prefix.
+    def score(self, logits: Logits, temperature: float | None = None) -> Answer:
+        """The answer from `logits` [1 + k, n_vocab]: after the prompt, then after each branch.
 
         `temperature` overrides the calibrated one of the task.
         """
-        trie = self.trie
-        tree = (
-            backbone.decode_tree(trie.tokens, trie.parents, seq=seq) if len(trie.tokens) else None
-        )
-        return self.answer(trie.log_probabilities(first, tree), temperature)
+        return self.answer(self.trie.log_probabilities(logits), temperature)
 
     def answer(self, log_scores: NDArray[np.float64], temperature: float | None = None) -> Answer:
         """The answer for log-probabilities over the labels.

@@ -23,7 +23,7 @@ def test_the_example_runs(
     monkeypatch.chdir(tmp_path)
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), {})
-    assert "(4, 514)" in capsys.readouterr().out
+    assert "(5, 514)" in capsys.readouterr().out
 
 
 def test_the_table_names_what_exists() -> None:

@@ -24,15 +24,12 @@ def context(trie: LabelTrie, node: int) -> tuple[int, ...]:
     while node >= 0:
         path.insert(0, int(trie.tokens[node]))
         node = int(trie.parents[node])
-    return (*map(int, trie.prefix), *path)
+    return tuple(path)
 
 
 def score(trie: LabelTrie) -> np.ndarray:
-    first = logits_after(tuple(map(int, trie.prefix)))
-    tree = np.stack(
-        [logits_after(context(trie, i)) for i in range(len(trie.tokens))] or [np.empty(0)]
-    )
-    return trie.log_probabilities(first, tree if len(trie.tokens) else None)
+    wanted = [-1, *np.flatnonzero(trie.branches)]
+    return trie.log_probabilities(np.stack([logits_after(context(trie, i)) for i in wanted]))
 
 
 def by_hand(labels: list[list[int]]) -> list[float]:
@@ -74,11 +71,18 @@ def test_trie_equals_scoring_each_label_alone(labels: list[list[int]]) -> None:
     assert all(parent < i for i, parent in enumerate(trie.parents))
 
 
-def test_forced_tokens_cost_nothing() -> None:
-    # "▁ 0", "▁ 1", "▁ 2": the blank is forced, the digit is read off the prompt's own logits.
-    trie = LabelTrie.build([[5, 0], [5, 1], [5, 2]])
-    assert trie.prefix.tolist() == [5]
+def test_forced_tokens_are_fed_and_decide_nothing() -> None:
+    # "▁ ▁ 0", "▁ ▁ 1": the blanks are forced; only the logits after the second are asked for.
+    trie = LabelTrie.build([[5, 6, 0], [5, 6, 1], [5, 6, 2]])
+    assert trie.tokens.tolist() == [5, 6]
+    assert trie.parents.tolist() == [-1, 0]
+    assert trie.branches.tolist() == [False, True]
+
+
+def test_a_single_label_needs_nothing() -> None:
+    trie = LabelTrie.build([[5, 6, 7]])
     assert len(trie.tokens) == 0
+    assert score(trie).tolist() == [0.0]
 
 
 def test_numbers_share_their_beginnings() -> None:
@@ -88,6 +92,7 @@ def test_numbers_share_their_beginnings() -> None:
     ]
     trie = LabelTrie.build(labels)
     assert len(trie.tokens) == 2 + 4 + 4
+    assert trie.branches.sum() == 2 + 4  # a digit decides nothing: the point follows
     assert trie.n_paths == 4
     assert trie.n_labels == 12
 

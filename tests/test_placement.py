@@ -212,7 +212,7 @@ with Gguf.open(path) as gguf:
     planned = plan(gguf, low_memory=low, positions=110)
 with Backbone.open(path, low_memory=low, extra_bufts=None if low else True, threads=1) as backbone:
     backbone.prefill(backbone.embed(np.arange(110)))
-    backbone.decode_tree(np.arange(18), [-1] * 2 + [0] * 8 + [1] * 8)
+    backbone.prefill_tree([1], np.arange(18), [-1] * 2 + [0] * 8 + [1] * 8)
 print(json.dumps([planned.ram, measured().peak_rss]))
 """
 

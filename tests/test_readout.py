@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mse_runtime.bundle import Label, Task
+from mse_runtime.labels import LabelTrie
 from mse_runtime.parity import generate, parse
 from mse_runtime.readout import Readout, intensity, label_texts, number_grid
 
@@ -31,11 +32,12 @@ class CharModel:
             row[ord(self.target[depth])] = self.margin
         return row
 
-    def decode_tree(self, tokens: np.ndarray, parents: np.ndarray, *, seq: int = 0) -> np.ndarray:
+    def tree_logits(self, trie: LabelTrie) -> np.ndarray:
         paths: list[str] = []
-        for token, parent in zip(tokens, parents, strict=True):
+        for token, parent in zip(trie.tokens, trie.parents, strict=True):
             paths.append((paths[parent] if parent >= 0 else "") + chr(token))
-        return np.stack([self.logits(len(p), self.target.startswith(p)) for p in paths])
+        wanted = ["", *(path for path, flag in zip(paths, trie.branches, strict=True) if flag)]
+        return np.stack([self.logits(len(p), self.target.startswith(p)) for p in wanted])
 
     def prefill(self, ids: np.ndarray, *, seq: int = 0) -> np.ndarray:
         self.fed += len(ids)
@@ -80,7 +82,7 @@ def test_grids_of_any_step_are_exact(step: float) -> None:
 def test_regression_finds_the_number(target: str) -> None:
     readout = Readout.build(regression(), CharTokenizer())
     model = CharModel(target, margin=9.0)
-    answer = readout.score(model, model.logits(0))
+    answer = readout.score(model.tree_logits(readout.trie))
     assert answer.mode == pytest.approx(float(target))
     assert answer.value == pytest.approx(float(target), abs=0.1)
     assert answer.distribution is not None
@@ -91,8 +93,8 @@ def test_regression_finds_the_number(target: str) -> None:
 def test_temperature_flattens() -> None:
     model = CharModel("1")
     readout = Readout.build(classification(), CharTokenizer())
-    cold = readout.score(model, model.logits(0))
-    warm = readout.score(model, model.logits(0), temperature=4.0)
+    cold = readout.score(model.tree_logits(readout.trie))
+    warm = readout.score(model.tree_logits(readout.trie), temperature=4.0)
     assert cold.label == warm.label == "joy"
     assert cold.probabilities["joy"] > warm.probabilities["joy"] > 1 / 3
 

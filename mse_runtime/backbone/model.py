@@ -80,7 +80,7 @@ class Backbone(Sequences):
         flash_attention: None lets llama.cpp decide; with `f32` None means no, since flash
         attention rounds the cache to float16.
         n_outputs_max: rows of logits one pass may give (memory: 4 n_vocab bytes each).
-        tree_width: leaves of a `decode_tree` that one pass takes.
+        tree_width: leaves of a trie that one pass of `prefill_tree` takes.
         progress: called with 0.0 .. 1.0 while the weights load; may raise to stop it.
 
         Raises BackboneError for files and options that cannot be used.
@@ -231,46 +231,61 @@ class Backbone(Sequences):
             entries = Entries(joined, np.concatenate(positions), sequences, np.concatenate(wanted))
             return self._decode(entries, before)
 
-    def decode_tree(self, tokens: npt.ArrayLike, parents: npt.ArrayLike, *, seq: int = 0) -> Floats:
-        """Logits after every node of a token trie that continues a sequence: [n, n_vocab].
+    def prefill_tree(
+        self,
+        inputs: npt.ArrayLike,
+        tokens: npt.ArrayLike,
+        parents: npt.ArrayLike,
+        wanted: npt.ArrayLike | None = None,
+        *,
+        seq: int = 0,
+    ) -> Floats:
+        """Append ids or rows as `prefill` does and score a trie of continuations, in one pass.
 
         tokens: token ids [n]. parents: for each the index of the node before it, parents before
-        children; -1 for those that follow the sequence itself. Shared prefixes are computed once,
-        up to `tree_width` leaves in one pass. The cache is left as it was.
+        children; -1 for those that follow the last input. wanted: bool [n], the nodes whose logits
+        are asked for; default all. Returns float32 [1 + k, n_vocab]: the logits after the last
+        input, then after each wanted node. The sequence ends with the inputs; the nodes leave no
+        trace. Shared beginnings are computed once. More than `tree_width` leaves take more passes.
         """
         with self._lock:
             self._check_open()
             self._check_seq(seq)
-            ids = checks.token_ids(tokens, self.n_vocab)
-            links = checks.whole_numbers(parents, "parents").astype(np.int64)
-            if len(links) != len(ids):
-                raise BackboneError(f"decode_tree: {len(ids)} tokens but {len(links)} parents.")
-            if not len(ids):
-                return np.empty((0, self.n_vocab), np.float32)
-            if not self._options.tree_width:
+            entered = checks.inputs(inputs, self.n_vocab, self.n_embd)
+            trie = tree.Trie.checked(tokens, parents, wanted, self.n_vocab)
+            width, start = self._options.tree_width, self.length(seq)
+            if len(trie) and not width:
                 raise BackboneError(
                     "This backbone was opened with tree_width=0. Open it with more."
                 )
-            depths = tree.check_parents(links)
-            start = self.length(seq)
-            self._check_room(int(depths.max()) + 1, start, seq)
-            found = np.empty((len(ids), self.n_vocab), np.float32)
-            for wave in tree.waves(links.tolist(), self._options.tree_width):
-                found[wave.nodes] = self._decode_wave(wave, ids, depths, seq, start)
+            self._check_room(len(entered) + trie.height, start, seq)
+            if not self.info["mapped"]:  # the weights are repacked
+                trie = trie.padded(len(entered), width)
+            found = np.empty((1 + trie.n_wanted, self.n_vocab), np.float32)
+            row = np.cumsum(trie.wanted)  # where in `found` a wanted node's logits go
+            for wave in trie.waves(width):
+                logits = self._look_ahead(entered, trie, wave, seq, start)
+                rows = row[wave.nodes][trie.wanted[wave.nodes]]
+                found[np.append(0, rows) if len(entered) else rows] = logits
+                start, entered = start + len(entered), entered[:0]  # for the other waves
             return found
 
-    def _decode_wave(self, wave: tree.Wave, ids: Ids, depths: Ids, seq: int, start: int) -> Floats:
+    def _look_ahead(
+        self, entered: Inputs, trie: tree.Trie, wave: tree.Wave, seq: int, start: int
+    ) -> Floats:
+        """Decode inputs (perhaps none) and nodes: the logits of the last input and those wanted."""
+        n, ids = len(entered), trie.tokens[wave.nodes]
         scratch = range(self.n_seq_max, self.n_seq_max + wave.n_leaves)
+        entries = Entries(
+            np.concatenate([entered, ids if entered.ndim == 1 else self.embed(ids)]),
+            np.concatenate([np.arange(n), n + trie.depths[wave.nodes]]).astype(np.int32) + start,
+            [(seq, *scratch)] * n + [[scratch[leaf] for leaf in below] for below in wave.leaves],
+            np.concatenate([np.arange(n) == n - 1, trie.wanted[wave.nodes]]),
+        )
         try:
             for leaf in scratch:  # cells are shared, nothing is copied
                 self._lib.llama_memory_seq_cp(self._memory, seq, leaf, -1, -1)
-            entries = Entries(
-                ids[wave.nodes],
-                (start + depths[wave.nodes]).astype(np.int32),
-                [[scratch[leaf] for leaf in below] for below in wave.leaves],
-                np.ones(len(wave.nodes), np.bool_),
-            )
-            return self._decode(entries, {})
+            return self._decode(entries, {seq: start})
         finally:
             for leaf in scratch:
                 self._lib.llama_memory_seq_rm(self._memory, leaf, -1, -1)

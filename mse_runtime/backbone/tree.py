@@ -7,15 +7,18 @@ exactly its ancestors; shared prefixes are computed once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from mse_runtime.backbone import checks
 from mse_runtime.errors import BackboneError
 
-__all__ = ["Wave", "check_parents", "waves"]
+__all__ = ["Trie", "Wave"]
+
+ROWS_TOGETHER = 4
 
 
 @dataclass(frozen=True)
@@ -27,43 +30,93 @@ class Wave:
     n_leaves: int
 
 
-def check_parents(parents: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-    """Depths int32 [n] (0 for children of the root); BackboneError unless parents come first."""
-    depths = np.zeros(len(parents), np.int32)
-    for node, parent in enumerate(parents.tolist()):
-        if not -1 <= parent < node:
+@dataclass(frozen=True)
+class Trie:
+    """Token ids [n], the node before each (-1: none), whose logits are wanted, and depths."""
+
+    tokens: npt.NDArray[np.int32]
+    parents: list[int]
+    wanted: npt.NDArray[np.bool_]
+    depths: npt.NDArray[np.int32]
+
+    @classmethod
+    def checked(
+        cls, tokens: npt.ArrayLike, parents: npt.ArrayLike, wanted: npt.ArrayLike | None,
+        n_vocab: int,
+    ) -> Trie:  # fmt: skip
+        """The trie, or a BackboneError unless all fits together and parents come first."""
+        ids = checks.token_ids(tokens, n_vocab)
+        links = checks.whole_numbers(parents, "parents").tolist()
+        flags = np.ones(len(ids), np.bool_) if wanted is None else np.asarray(wanted, np.bool_)
+        if len(links) != len(ids) or flags.shape != ids.shape:
             raise BackboneError(
-                f"decode_tree: node {node} has the parent {parent}. Give parents before children, "
-                "-1 for those that follow the sequence itself."
+                f"A tree of {len(ids)} tokens needs as many parents and flags, not {len(links)} "
+                f"and {flags.size}."
             )
-        depths[node] = depths[parent] + 1 if parent >= 0 else 0
-    return depths
+        depths = np.zeros(len(ids), np.int32)
+        for node, parent in enumerate(links):
+            if not -1 <= parent < node:
+                raise BackboneError(
+                    f"Node {node} of the tree has the parent {parent}. Give parents before "
+                    "children, -1 for those that follow the inputs themselves."
+                )
+            depths[node] = depths[parent] + 1 if parent >= 0 else 0
+        return cls(ids, links, flags, depths)
 
+    def __len__(self) -> int:
+        return len(self.tokens)
 
-def waves(parents: Sequence[int], max_leaves: int) -> Iterator[Wave]:
-    """Split a trie into passes of at most `max_leaves` leaves, neighbours together.
+    @property
+    def height(self) -> int:
+        """Positions from the inputs' end to the deepest node."""
+        return int(self.depths.max()) + 1 if len(self) else 0
 
-    One pass is the common case. A node shared between passes is decoded in each of them.
-    """
-    n = len(parents)
-    inner = {parent for parent in parents if parent >= 0}
-    leaves = [node for node in range(n) if node not in inner]
-    paths = {leaf: _path(parents, leaf) for leaf in leaves}
-    leaves.sort(key=lambda leaf: paths[leaf])  # depth-first order keeps siblings in one pass
-    for start in range(0, len(leaves), max_leaves):
-        group = leaves[start : start + max_leaves]
-        below: dict[int, list[int]] = {}
-        for number, leaf in enumerate(group):
-            for node in paths[leaf]:
-                below.setdefault(node, []).append(number)
-        nodes = sorted(below)
-        yield Wave(nodes, [below[node] for node in nodes], len(group))
+    @property
+    def leaves(self) -> list[int]:
+        inner = set(self.parents)
+        return [node for node in range(len(self)) if node not in inner]
 
+    @property
+    def n_wanted(self) -> int:
+        return int(self.wanted.sum())
 
-def _path(parents: Sequence[int], node: int) -> list[int]:
-    """From the root's child down to `node`."""
-    path = []
-    while node >= 0:
-        path.append(node)
-        node = parents[node]
-    return path[::-1]
+    def padded(self, n_before: int, max_leaves: int) -> Trie:
+        """With a twin of the last node where that is cheaper than without.
+
+        llama.cpp multiplies repacked weights with four rows at a time and with what is left one
+        by one, at more than twice the cost: three are dearer than four (bench/overhead.py --sizes).
+        """
+        missing_one = (n_before + len(self)) % ROWS_TOGETHER == ROWS_TOGETHER - 1
+        if not (len(self) and missing_one and len(self.leaves) < max_leaves):
+            return self
+        return Trie(
+            np.append(self.tokens, self.tokens[-1]),
+            [*self.parents, self.parents[-1]],
+            np.append(self.wanted, False),
+            np.append(self.depths, self.depths[-1]),
+        )
+
+    def waves(self, max_leaves: int) -> Iterator[Wave]:
+        """Passes of at most `max_leaves` leaves, neighbours together; at least one pass.
+
+        One is the common case. A node shared between passes is decoded in each of them.
+        """
+        leaves = self.leaves
+        paths = {leaf: self._path(leaf) for leaf in leaves}
+        leaves.sort(key=lambda leaf: paths[leaf])  # depth-first order keeps siblings in one pass
+        for start in range(0, max(1, len(leaves)), max(1, max_leaves)):
+            group = leaves[start : start + max_leaves]
+            below: dict[int, list[int]] = {}
+            for number, leaf in enumerate(group):
+                for node in paths[leaf]:
+                    below.setdefault(node, []).append(number)
+            nodes = sorted(below)
+            yield Wave(nodes, [below[node] for node in nodes], len(group))
+
+    def _path(self, node: int) -> list[int]:
+        """From the root's child down to `node`."""
+        path = []
+        while node >= 0:
+            path.append(node)
+            node = self.parents[node]
+        return path[::-1]

@@ -52,13 +52,11 @@ def score_answers(
 ) -> NDArray[np.float64]:
     """Log-probability of every label [B, n_labels], as the runtime's readout gives them.
 
-    Prompt, the labels' common prefix and all further nodes of the trie go through the model in one
-    pass; a node sees the prompt and its own ancestors.
+    Prompt and trie go through the model in one pass; a node sees the prompt and its own ancestors.
     """
     rows = assemble(frozen, adapter, batch)
     device = rows.device
-    added = np.concatenate([trie.prefix, trie.tokens]).astype(np.int64)
-    n_prefix, n_nodes = len(trie.prefix), len(trie.tokens)
+    added = trie.tokens.astype(np.int64)
     starts = batch.ends
     length = int(starts.max()) + len(added)
     if length > rows.shape[1]:
@@ -68,12 +66,13 @@ def score_answers(
         columns = starts[:, None] + torch.arange(len(added), device=device)
         extra = frozen.embed(torch.from_numpy(added)).expand(len(batch), -1, -1)
         rows = rows.scatter(1, columns[..., None].expand(-1, -1, rows.shape[2]), extra)
-    places = (starts + n_prefix - 1)[:, None] + torch.arange(n_nodes + 1, device=device)
+    wanted = torch.from_numpy(np.append(0, 1 + np.flatnonzero(trie.branches))).to(device)
+    places = (starts - 1)[:, None] + wanted
     mask, position_ids = None, None
-    if n_nodes:
-        mask, position_ids = _tree_mask(trie, starts + n_prefix, length)
+    if len(added):
+        mask, position_ids = _tree_mask(trie, starts, length)
     logits = frozen.logits(rows, places, mask=mask, position_ids=position_ids).cpu().numpy()
-    return np.stack([trie.log_probabilities(found[0], found[1:]) for found in logits])
+    return np.stack([trie.log_probabilities(found) for found in logits])
 
 
 def _tree_mask(trie: LabelTrie, starts: Tensor, length: int) -> tuple[Tensor, Tensor]:
