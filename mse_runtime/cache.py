@@ -18,7 +18,8 @@ __all__ = ["cache_dir", "read_json", "write_json"]
 def cache_dir() -> Path:
     """`$MSE_CACHE`, else `$XDG_CACHE_HOME/mse-runtime`, else `~/.cache/mse-runtime`.
 
-    Without a home folder it lies in the system's temporary folder. Nothing is created.
+    Without a home folder it is a path that cannot be, so that nothing is remembered: a folder of a
+    known name in /tmp could be somebody else's. Nothing is created.
     """
     if override := os.environ.get("MSE_CACHE"):
         return Path(override)
@@ -27,7 +28,7 @@ def cache_dir() -> Path:
     try:
         return Path.home() / ".cache" / "mse-runtime"
     except RuntimeError:
-        return Path(tempfile.gettempdir()) / f"mse-runtime-{os.getuid()}"
+        return Path(os.devnull) / "mse-runtime"
 
 
 def read_json(name: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ are really there before anything is read or allocated.
 
 from __future__ import annotations
 
+import errno
 import math
 import mmap
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from mse_runtime.errors import BackboneError
+from mse_runtime.errors import BackboneError, DeviceError
 from mse_runtime.gguf_scan import (
     ARRAY,
     FORMATS,
@@ -327,6 +328,12 @@ def _map_file(path: Path) -> mmap.mmap:
             "export it again."
         ) from error
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise DeviceError(
+                f"The language model {path} has {path.stat().st_size / 1e6:,.0f} MB, more than the "
+                "address space that this process may still take. Raise the limit (ulimit -v), or "
+                "take a smaller model."
+            ) from error
         raise BackboneError(
             f"The language model {path} cannot be read: {error.strerror or error}. Check the "
             "file's permissions."

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mse_runtime import memory
 from mse_runtime.errors import BackboneError, DeviceError
 from mse_runtime.gguf import Gguf
 
@@ -108,9 +109,9 @@ class Plan:
     def check_ram(self, available: int | None = None) -> None:
         """Raise DeviceError where the RAM that cannot be reclaimed exceeds what is available.
 
-        available: bytes; default the kernel's own estimate (MemAvailable).
+        available: bytes; default what `memory.available` finds.
         """
-        room = _available() if available is None else available
+        room = memory.available() if available is None else available
         present = next((item.ram for item in self.items if item.name == "program"), 0)
         wanted = self.ram - self.reclaimable - present  # what is there already is not available
         if room and wanted > room:
@@ -295,16 +296,6 @@ def measured() -> Measured:
 
 def _rss() -> int:
     return measured().rss
-
-
-def _available() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 0
 
 
 def free_vram() -> int:

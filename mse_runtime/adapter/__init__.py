@@ -15,6 +15,7 @@ from mse_runtime.adapter.backends import (
     kernel_reasons,
     open_backend,
 )
+from mse_runtime.adapter.spare import WithSpare
 from mse_runtime.bundle import Bundle
 from mse_runtime.errors import UsageError
 
@@ -40,7 +41,8 @@ def open_adapter(
 
     `provider` "cuda" asks for the GPU (ONNX Runtime's CUDA provider or `kernels-cuda`); it is never
     replaced by the CPU in silence. Raises `DeviceError` for a backend or device that cannot be
-    used, `BundleError` for files that are not this bundle's adapter.
+    used, `BundleError` for files that are not this bundle's adapter. A GPU that fails later, in the
+    middle of the work, is replaced by the CPU with a warning (`spare`).
     """
     if backend not in get_args(Backend):
         raise UsageError(
@@ -50,5 +52,9 @@ def open_adapter(
     if threads < 1:
         raise UsageError(f"The adapter needs at least 1 thread, not {threads}.")
     if backend == "auto":
-        return open_best(bundle, threads, provider)
-    return open_backend(bundle, backend, threads, provider)
+        opened = open_best(bundle, threads, provider)
+    else:
+        opened = open_backend(bundle, backend, threads, provider)
+    if opened.name.endswith("cuda"):
+        return WithSpare(opened, lambda: open_best(bundle, threads, "cpu"))
+    return opened

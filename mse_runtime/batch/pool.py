@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import queue
 import selectors
 import signal
@@ -11,13 +12,14 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from mse_runtime import errors
-from mse_runtime.errors import MediaError
+from mse_runtime.errors import MediaError, MSEError, UsageError
 from mse_runtime.features.npz import load_npz
 from mse_runtime.features.spec import Features
 
@@ -28,6 +30,7 @@ CHILD = (
     "import json, sys; sys.path[:] = [p for p in json.loads(sys.argv.pop(1)) if p]; "
     "from mse_runtime.batch.worker import main; main()"
 )
+MAX_REPLY = 1 << 16
 
 
 class FeaturePool:
@@ -35,12 +38,19 @@ class FeaturePool:
 
     timeout: seconds one clip may take. memory_mb: address space of a worker, in MiB. A clip that
     goes over either, or kills its worker, fails with MediaError; the worker is replaced.
+    Raises UsageError where there is no temporary folder for the features.
     """
 
     def __init__(self, workers: int, timeout: float, memory_mb: int) -> None:
         self.workers = workers
         self._timeout = timeout
-        self._folder = tempfile.TemporaryDirectory(prefix="mse-batch-")
+        try:
+            self._folder = tempfile.TemporaryDirectory(prefix="mse-batch-")
+        except OSError as error:
+            raise UsageError(
+                f"No temporary folder can be written ({error.strerror or error}), and a batch "
+                "needs one for features. Make room, or name a folder in TMPDIR."
+            ) from error
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._all = [_Worker(memory_mb) for _ in range(workers)]
         for worker in self._all:
@@ -60,8 +70,9 @@ class FeaturePool:
         try:
             reply = worker.ask({**request, "target": str(target)}, self._timeout)
             if "error" in reply:
-                kind = getattr(errors, str(reply["error"]["type"]), MediaError)
-                raise kind(str(reply["error"]["message"]))
+                kind = getattr(errors, str(reply["error"]["type"]), None)
+                known = isinstance(kind, type) and issubclass(kind, MSEError)
+                raise (kind if known else MediaError)(str(reply["error"]["message"]))
             return load_npz(target)
         finally:
             self._idle.put(worker)
@@ -106,21 +117,17 @@ class _Worker:
         process = self._process or self._start()
         assert process.stdin is not None
         assert process.stdout is not None
-        line = b""
         try:
             process.stdin.write(json.dumps(request).encode() + b"\n")
             process.stdin.flush()
-            with selectors.DefaultSelector() as ready:
-                ready.register(process.stdout, selectors.EVENT_READ)
-                if not ready.select(timeout):
-                    self.kill()
-                    raise MediaError(
-                        f"{clip}: no features after {timeout:g} s, so it was given up. Give more "
-                        "time with --clip-timeout, or a shorter piece with start and end."
-                    )
-            line = process.stdout.readline()
-            return dict(json.loads(line))
-        except (OSError, ValueError):
+            return dict(json.loads(_reply(process.stdout, timeout)))
+        except TimeoutError:
+            self.kill()
+            raise MediaError(
+                f"{clip}: no features after {timeout:g} s, so it was given up. Give more time with "
+                "--clip-timeout, or a shorter piece with start and end."
+            ) from None
+        except (OSError, ValueError, RecursionError):
             raise MediaError(f"{clip}: {self._post_mortem()}") from None
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -155,3 +162,18 @@ class _Worker:
                 if stream is not None:
                     with contextlib.suppress(OSError):
                         stream.close()
+
+
+def _reply(stream: IO[bytes], timeout: float) -> bytes:
+    """One line, in time and of a bounded length: who writes it may be a hostile clip by now."""
+    end, line = time.monotonic() + timeout, b""
+    with selectors.DefaultSelector() as ready:
+        ready.register(stream, selectors.EVENT_READ)
+        while not line.endswith(b"\n"):
+            if not ready.select(max(0.0, end - time.monotonic())):
+                raise TimeoutError
+            piece = os.read(stream.fileno(), MAX_REPLY)
+            line += piece
+            if not piece or len(line) > MAX_REPLY:
+                raise ValueError("no reply")
+    return line

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,13 +25,22 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    memory = int(sys.argv[1]) << 20
-    limit_memory(memory)
+    limit_memory(int(sys.argv[1]) << 20)
+    parent = os.getppid()
     # Libraries that print to stdout must not be taken for replies.
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    for line in sys.stdin:
-        print(json.dumps(answer(json.loads(line))), file=replies, flush=True)
+    target: Path | None = None
+    try:
+        for line in sys.stdin:
+            request = json.loads(line)
+            target = Path(request["target"])
+            print(json.dumps(answer(request)), file=replies, flush=True)
+    finally:
+        if target is not None and os.getppid() != parent:
+            with suppress(OSError):  # it was killed: its temporary folder is ours to remove
+                target.unlink(missing_ok=True)
+                target.parent.rmdir()  # by the last of its children
 
 
 def limit_memory(memory: int) -> None:
@@ -48,7 +58,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
         from mse_runtime.features.extract import extract, save_npz
 
-        save_npz(target, extract(**request, bundle=_bundle(folder) if folder else None))
+        features = extract(**request, bundle=_bundle(folder) if folder else None)
     except MSEError as error:
         return {"error": {"type": _public(error), "message": str(error)}}
     except MemoryError:
@@ -57,6 +67,13 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:
         text = f"{request['path']}: {type(error).__name__}: {error}"
         return {"error": {"type": "MediaError", "message": text}}
+    try:
+        save_npz(target, features)
+    except MSEError as error:
+        text = f"{request['path']}: no room for its features ({error}). Make room, or name another "
+        return {
+            "error": {"type": "UsageError", "message": text + "folder in TMPDIR; then --retry."}
+        }
     return {"ok": True}
 
 

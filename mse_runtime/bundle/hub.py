@@ -266,7 +266,13 @@ def _cache_folder() -> Path:
         return Path(home).expanduser() / "hub"
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE)
+    folder = Path(constants.HF_HUB_CACHE)
+    if not folder.is_absolute():  # the client would make a folder called ~ right here
+        raise HubError(
+            "There is no home folder to keep downloads in. Name a folder in HF_HUB_CACHE, or use a "
+            "bundle in a folder."
+        )
+    return folder
 
 
 def _switched_on(name: str) -> bool:

@@ -89,6 +89,8 @@ def load_npz(
             arrays that don't belong together.
     """
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError("it is no regular file")  # a pipe would be waited for
         with zipfile.ZipFile(path) as archive:
             stored = {name.removesuffix(".npy"): name for name in archive.namelist()}
             arrays = {key: _read(archive, stored[key]) for key in sorted(stored) if key in _KNOWN}
