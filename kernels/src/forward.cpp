@@ -120,11 +120,16 @@ struct mse_block {
     }
   }
 
+  // Text tiles are spread among the audio recurrences: they wait for memory while the others
+  // compute, so two of them at a time would share its bandwidth.
   static void first_round(void *self, int task, int worker) {
     auto &b = *static_cast<mse_block *>(self);
-    if (task < b.groups) return b.recur(0, task, worker);
-    if (task < b.groups + b.tiles) return b.know(task - b.groups);
-    b.recur(1, task - b.groups - b.tiles, worker);
+    const int mixed = b.groups + b.tiles;
+    if (task >= mixed) return b.recur(1, task - mixed, worker);
+    const auto texts_before = [&](int i) { return (i * b.tiles + mixed / 2) / mixed; };
+    const int texts = texts_before(task);
+    if (texts_before(task + 1) > texts) return b.know(texts);
+    b.recur(0, task - texts, worker);
   }
   static void second_round(void *self, int task, int) { static_cast<mse_block *>(self)->fuse(task); }
   static void third_round(void *self, int task, int worker) {

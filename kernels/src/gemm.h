@@ -21,16 +21,28 @@ template <> struct Stored<2> {
 constexpr int kPanel = 4 * W;
 // Depth whose panel block (32 KB of f32) stays in the first-level cache while the rows go by.
 constexpr int kDepth = 8192 / kPanel;
+constexpr int kLine = 16;  // floats of a cache line
 
+// Before a loop over accumulators: GCC keeps them in registers only if it unrolls early, and
+// otherwise writes all of them to the stack and back around every tile.
+#define MSE_UNROLL _Pragma("GCC unroll 8")
+
+// later: rows of a next call, a line of which is fetched with each line of x, or null.
 template <int S, int M>
 inline void tile(const typename Stored<S>::T *w, const float *x, size_t ldx, int K, const float *init,
-                 size_t ldi, float *c, size_t ldc) {
+                 size_t ldi, float *c, size_t ldc, const float *later) {
   V a[M][4];
-  for (int i = 0; i < M; i++)
+  MSE_UNROLL
+  for (int i = 0; i < M; i++) {
+    MSE_UNROLL
     for (int j = 0; j < 4; j++) a[i][j] = load(init + i * ldi + j * W);
+  }
   for (int k = 0; k < K; k++, w += kPanel) {
+    if (later && k % kLine == 0)
+      for (int i = 0; i < M; i++) __builtin_prefetch(later + i * ldx + k, 0, 2);
     const V w0 = Stored<S>::at(w), w1 = Stored<S>::at(w + W);
     const V w2 = Stored<S>::at(w + 2 * W), w3 = Stored<S>::at(w + 3 * W);
+    MSE_UNROLL
     for (int i = 0; i < M; i++) {
       const V v = set1(x[i * ldx + k]);
       a[i][0] = fma(v, w0, a[i][0]);
@@ -39,34 +51,41 @@ inline void tile(const typename Stored<S>::T *w, const float *x, size_t ldx, int
       a[i][3] = fma(v, w3, a[i][3]);
     }
   }
-  for (int i = 0; i < M; i++)
+  MSE_UNROLL
+  for (int i = 0; i < M; i++) {
+    MSE_UNROLL
     for (int j = 0; j < 4; j++) store(c + i * ldc + j * W, a[i][j]);
+  }
 }
 
 template <int S, int M>
 inline void tail(int rows, const typename Stored<S>::T *w, const float *x, size_t ldx, int K,
-                 const float *init, size_t ldi, float *c, size_t ldc) {
+                 const float *init, size_t ldi, float *c, size_t ldc, const float *later) {
   if (rows == M)
-    tile<S, M>(w, x, ldx, K, init, ldi, c, ldc);
+    tile<S, M>(w, x, ldx, K, init, ldi, c, ldc, later);
   else if constexpr (M > 1)
-    tail<S, M - 1>(rows, w, x, ldx, K, init, ldi, c, ldc);
+    tail<S, M - 1>(rows, w, x, ldx, K, init, ldi, c, ldc, later);
 }
 
+// follow: rows that lie behind the M of this call and are the next call's, fetched ahead.
 template <int S>
 void panels(const Packed &p, int first, int last, const float *x, size_t ldx, int M, float *c,
-            size_t ldc) {
+            size_t ldc, int64_t follow) {
   for (int q = first; q < last; q++) {
     const auto *w = static_cast<const typename Stored<S>::T *>(p.data) +
                     static_cast<size_t>(q) * p.K * kPanel;
     float *out = c + static_cast<size_t>(q) * kPanel;
     const int depth = M > kRows ? kDepth : p.K;
+    const int tiles = (M + kRows - 1) / kRows, step = (M + tiles - 1) / tiles;
     for (int k = 0; k < p.K; k += depth) {
       const int n = p.K - k < depth ? p.K - k : depth;
-      for (int m = 0; m < M; m += kRows) {
+      for (int m = 0; m < M; m += step) {
         float *o = out + m * ldc;
         const float *init = k ? o : p.bias + static_cast<size_t>(q) * kPanel;
-        tail<S, kRows>(M - m < kRows ? M - m : kRows, w + static_cast<size_t>(k) * kPanel,
-                       x + m * ldx + k, ldx, n, init, k ? ldc : 0, o, ldc);
+        const int rows = M - m < step ? M - m : step;
+        const float *later = q == first && m + rows <= follow ? x + (M + m) * ldx + k : nullptr;
+        tail<S, kRows>(rows, w + static_cast<size_t>(k) * kPanel, x + m * ldx + k, ldx, n, init,
+                       k ? ldc : 0, o, ldc, later);
       }
     }
   }
@@ -75,9 +94,9 @@ void panels(const Packed &p, int first, int last, const float *x, size_t ldx, in
 void linear(const Packed &p, int first, int last, const float *x, size_t ldx, int M, float *c,
             size_t ldc) {
   if (p.storage == 1)
-    panels<1>(p, first, last, x, ldx, M, c, ldc);
+    panels<1>(p, first, last, x, ldx, M, c, ldc, 0);
   else if (p.storage == 2)
-    panels<2>(p, first, last, x, ldx, M, c, ldc);
+    panels<2>(p, first, last, x, ldx, M, c, ldc, 0);
   else
-    panels<0>(p, first, last, x, ldx, M, c, ldc);
+    panels<0>(p, first, last, x, ldx, M, c, ldc, 0);
 }

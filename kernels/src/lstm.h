@@ -7,26 +7,39 @@ template <int NB, int NQ>
 inline void units(const float *r, size_t panel, int H, int Hp, int q, float *const *gates,
                   const float *now, float *next, float *cells) {
   V a[NB][NQ][4];
-  for (int b = 0; b < NB; b++)
-    for (int j = 0; j < NQ; j++)
+  MSE_UNROLL
+  for (int b = 0; b < NB; b++) {
+    MSE_UNROLL
+    for (int j = 0; j < NQ; j++) {
+      MSE_UNROLL
       for (int g = 0; g < 4; g++) a[b][j][g] = load(gates[b] + (q + j) * kPanel + g * W);
+    }
+  }
   const float *p = r + q * panel;
   for (int k = 0; k < H; k++, p += kPanel) {
     V v[NB];
+    MSE_UNROLL
     for (int b = 0; b < NB; b++) v[b] = set1(now[b * Hp + k]);
-    for (int j = 0; j < NQ; j++)
+    MSE_UNROLL
+    for (int j = 0; j < NQ; j++) {
+      MSE_UNROLL
       for (int g = 0; g < 4; g++) {
         const V weight = load(p + j * panel + g * W);
+        MSE_UNROLL
         for (int b = 0; b < NB; b++) a[b][j][g] = fma(v[b], weight, a[b][j][g]);
       }
+    }
   }
-  for (int b = 0; b < NB; b++)
+  MSE_UNROLL
+  for (int b = 0; b < NB; b++) {
+    MSE_UNROLL
     for (int j = 0; j < NQ; j++) {
       const int at = b * Hp + (q + j) * W;
       V c = load(cells + at);
       store(next + at, lstm_cell(a[b][j][0], a[b][j][1], a[b][j][2], a[b][j][3], &c));
       store(cells + at, c);
     }
+  }
 }
 
 struct State {
@@ -65,6 +78,16 @@ void some_steps(int live, const Lstm &w, float *gates, int from, int to, State *
     some_steps<NB - 1>(live, w, gates, from, to, s);
 }
 
+// A NaN or an infinity in a frame reaches every gate of it, and stays in the sum whatever is added or
+// multiplied: so a look at one vector of gates per step saves a pass over the frames. False also
+// where finite values overflowed.
+inline bool passed(const float *gates, size_t stride, int n) {
+  const V zero = set1(0.0f);
+  V bad = zero;
+  for (int t = 0; t < n; t++) bad = fma(load(gates + t * stride), zero, bad);
+  return sum(bad) == 0.0f;
+}
+
 int lstm(const Lstm &w, int nb, const float *const *x, const int64_t *len, float *scratch,
          float *const *h_out) {
   const size_t state = static_cast<size_t>(kGroup) * w.Hp;
@@ -81,9 +104,9 @@ int lstm(const Lstm &w, int nb, const float *const *x, const int64_t *len, float
       n[b] = left < 0 ? 0 : left > w.chunk ? w.chunk : static_cast<int>(left);
       if (n[b] == 0) continue;
       const float *rows = x[b] + t0 * D;
-      if (!finite(rows, static_cast<size_t>(n[b]) * D)) return b;
-      linear(w.in, 0, w.in.Np / kPanel, rows, D, n[b],
-             gates + static_cast<size_t>(b) * w.chunk * w.in.Np, w.in.Np);
+      float *own = gates + static_cast<size_t>(b) * w.chunk * w.in.Np;
+      panels<0>(w.in, 0, w.in.Np / kPanel, rows, D, n[b], own, w.in.Np, left - n[b]);
+      if (!passed(own, w.in.Np, n[b]) && !finite(rows, static_cast<size_t>(n[b]) * D)) return b;
     }
     int t = 0;
     for (int live = nb; live > 0; live--) {

@@ -93,9 +93,7 @@ void pack_lstm(LstmMatrices *out, const float *ih, const float *hh, const float 
         out->rec.set(n, j, rounded(hh[static_cast<size_t>(row) * hidden + j], storage), k.panel);
       *out->in.bias.at(n) = bih[row] + bhh[row];
     }
-  int chunk = 16384 / (4 * Hp) / k.rows * k.rows;
-  if (chunk < k.rows) chunk = k.rows;
-  out->lstm = {out->in.packed, out->rec.packed, hidden, Hp, chunk};
+  out->lstm = {out->in.packed, out->rec.packed, hidden, Hp, 24 / k.rows * k.rows};
 }
 
 }  // namespace mse

@@ -1,5 +1,9 @@
 #include "threads.h"
 
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#endif
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 #endif
@@ -17,7 +21,36 @@ static inline void pause() {
 // Phases of one call follow within microseconds; between calls a worker sleeps.
 constexpr int kSpins = 2000;
 
-Pool::Pool(int threads) {
+// A worker that was woken beside another thread of its pool moves to a processor of its own. Some
+// schedulers pack what they wake onto few processors, those of virtual machines above all, and leave it
+// there for milliseconds: as long as a call takes, so that two threads need the time of one. The
+// worker stays free to be moved: only the processors taken now are barred, and only for a moment.
+void Pool::spread(int worker) {
+#if defined(__linux__) && defined(__GLIBC__)
+  int here = sched_getcpu();
+  bool taken = false;
+  for (size_t i = 0; i < seat_.size(); i++)
+    taken |= static_cast<int>(i) != worker && seat_[i].load(std::memory_order_relaxed) == here;
+  cpu_set_t allowed;
+  const pthread_t self = pthread_self();
+  if (taken && pthread_getaffinity_np(self, sizeof allowed, &allowed) == 0) {
+    cpu_set_t free = allowed;
+    for (const auto &seat : seat_) {
+      const int other = seat.load(std::memory_order_relaxed);
+      if (other >= 0 && other < CPU_SETSIZE) CPU_CLR(other, &free);
+    }
+    if (CPU_COUNT(&free) > 0 && pthread_setaffinity_np(self, sizeof free, &free) == 0) {
+      pthread_setaffinity_np(self, sizeof allowed, &allowed);
+      here = sched_getcpu();
+    }
+  }
+  seat_[worker].store(here, std::memory_order_relaxed);
+#else
+  (void)worker;
+#endif
+}
+
+Pool::Pool(int threads) : seat_(threads) {
   try {
     for (int i = 1; i < threads; i++) workers_.emplace_back([this, i] { work(i); });
   } catch (...) {
@@ -63,6 +96,8 @@ void Pool::run(void (*task)(void *, int, int), void *context, int count) {
     task_ = task;
     context_ = context;
     done_.store(0, std::memory_order_relaxed);
+    for (auto &seat : seat_) seat.store(-1, std::memory_order_relaxed);
+    spread(0);
     round = (round_.load(std::memory_order_relaxed) + 1) & 0xffffffu;
     next_.store(round << 2 * kBits | static_cast<uint64_t>(count) << kBits,
                 std::memory_order_release);
@@ -91,6 +126,7 @@ void Pool::work(int worker) {
       if (stop_) return;
       seen = round_.load(std::memory_order_relaxed);
     }
+    spread(worker);
     take(worker, seen);
   }
 }

@@ -29,6 +29,7 @@ class Pool {
  private:
   void work(int worker);
   void take(int worker, uint64_t round);
+  void spread(int worker);
 
   std::vector<std::thread> workers_;
   std::mutex mutex_;
@@ -40,6 +41,7 @@ class Pool {
   std::atomic<uint64_t> next_{0};
   std::atomic<int> done_{0};
   std::atomic<uint64_t> round_{0};
+  std::vector<std::atomic<int>> seat_;  // processor on which each thread began this round, or -1
 };
 
 }  // namespace mse
