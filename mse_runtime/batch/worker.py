@@ -70,10 +70,9 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
         save_npz(target, features)
     except MSEError as error:
-        text = f"{request['path']}: no room for its features ({error}). Make room, or name another "
-        return {
-            "error": {"type": "UsageError", "message": text + "folder in TMPDIR; then --retry."}
-        }
+        text = f"{request['path']}: there is no room for its features ({error})"
+        advice = "Make room or name another folder in TMPDIR, then --retry."
+        return {"error": {"type": "UsageError", "message": f"{text} {advice}"}}
     return {"ok": True}
 
 

@@ -79,7 +79,8 @@ def packets(
             continue
         if packet is None:
             return
-        if packet.stream_index != stream.index:
+        # Not `stream_index`: in the flushing packets of all streams at the end it is 0.
+        if packet.stream.index != stream.index:
             when = packet.dts
             if when is not None and seconds(when, packet, info) > stop:
                 return
