@@ -20,7 +20,7 @@ from gguf import GGUFReader
 from mse_export.backbones import architecture
 from mse_export.convert import convert, convert_and_quantize
 from mse_export.hf_folder import HfFolder
-from mse_export.quant_types import QUANTS, Shape, file_bytes, quant, tensor_types
+from mse_export.quant_types import QUANTS, Quant, Shape, file_bytes, quant, tensor_types
 from mse_export.quantize import predicted_bytes, quantize
 from mse_export.reference_lm import ReferenceLM
 from mse_export.reference_tokenizer import reference_tokenizer, sample_strings
@@ -127,12 +127,12 @@ def test_stored_types_survive(kind: str, stored: str, tmp_path: Path) -> None:
 def test_bf16_rounds_to_nearest_even() -> None:
     import torch
 
-    from mse_export.convert import _to_bf16
+    from mse_export.encode import to_bf16
 
     values = np.random.default_rng(0).standard_normal(10_000).astype(np.float32)
     values[:2] = [1 + 2**-8, 1 + 3 * 2**-8]  # ties
     expected = torch.from_numpy(values).bfloat16().view(torch.int16).numpy().view(np.uint16)
-    assert np.array_equal(_to_bf16(values), expected)
+    assert np.array_equal(to_bf16(values), expected)
 
 
 MAIN = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m")
@@ -166,7 +166,7 @@ def test_predicted_types_and_sizes_are_llama_cpps(kind: str, tmp_path: Path) -> 
     for name in QUANTISED if kind == "llama" else MAIN:
         target, path = quant(name), tmp_path / f"{name}.gguf"
         predicted = predicted_bytes(source, target)
-        quantize(source, path, target, threads=1)
+        quantize(source, path, target, threads=2 if name in MAIN else 1)
         with Gguf.open(path) as header:
             found = {info.name: info.type for info in header.tensors.values()}
         expected = {
@@ -174,8 +174,30 @@ def test_predicted_types_and_sizes_are_llama_cpps(kind: str, tmp_path: Path) -> 
             for recipe, kind_ in zip(recipes, tensor_types(recipes, target, shape), strict=True)
         }
         assert found == expected, name
-        assert abs(path.stat().st_size - predicted) <= 64, name
+        assert path.stat().st_size == predicted
+        theirs = llama_cpp_quantises(source, tmp_path / "theirs.gguf", target)
+        assert tensor_data(path) == tensor_data(theirs), name
         path.unlink()
+
+
+def llama_cpp_quantises(source: Path, path: Path, target: Quant) -> Path:
+    """What llama.cpp's own tool makes of a file."""
+    import ctypes
+
+    from mse_runtime.backbone import library
+
+    lib = library.load()
+    parameters = lib.llama_model_quantize_default_params()
+    parameters.ftype, parameters.nthread = target.ftype, 1
+    names = (str(source).encode(), str(path).encode())
+    assert lib.llama_model_quantize(*names, ctypes.byref(parameters)) == 0
+    return path
+
+
+def tensor_data(path: Path) -> dict[str, bytes]:
+    data = path.read_bytes()
+    with Gguf.open(path) as header:
+        return {t.name: data[t.offset : t.offset + t.size] for t in header.tensors.values()}
 
 
 def test_synthetic_equals_the_real_files_size() -> None:
@@ -279,10 +301,8 @@ def test_interrupted_conversion_is_continued(
     target, out = quant("q8_0"), tmp_path / "backbone.gguf"
     with pytest.raises(KeyboardInterrupt):
         convert_and_quantize(folders["llama"], out, target, round_bf16=False, watcher=Stop())
-    left = [path.name for path in tmp_path.iterdir()]
-    assert len(left) == 1
-    assert left[0].startswith("unquantised-")
-    assert left[0].endswith(".partial")
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["backbone.gguf.from", "backbone.gguf.partial"]
 
     read: list[str] = []
     original = HfFolder.read
@@ -295,7 +315,11 @@ def test_interrupted_conversion_is_continued(
     convert_and_quantize(folders["llama"], out, target, round_bf16=False)
     recipes = architecture(CONFIGS["llama"]).tensors(CONFIGS["llama"])
     assert 0 < len(read) <= len(recipes) - 7
-    assert [path.name for path in tmp_path.iterdir()] == ["backbone.gguf"]
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["backbone.gguf", "backbone.gguf.from"]
+    read.clear()
+    convert_and_quantize(folders["llama"], out, target, round_bf16=False)
+    assert read == []  # it is whole: nothing is done twice
     convert_and_quantize(folders["llama"], tmp_path / "again.gguf", target, round_bf16=False)
     assert out.read_bytes() == (tmp_path / "again.gguf").read_bytes()
 

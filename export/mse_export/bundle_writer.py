@@ -1,7 +1,8 @@
 """Writing a bundle: a folder that appears under its name only when it is whole.
 
 Everything is written into `<target>.partial` beside the target and renamed at the end. After an
-error the work folder goes away unless it holds a conversion that the next run can continue.
+error the work folder goes away; after an interrupt or on a full disk it stays if it holds a
+language model that the next run can continue.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from mse_export import __version__
 from mse_export.adapter_shapes import infer_dims
+from mse_export.gguf_write import NOTE, unfinished
 from mse_export.model_card import model_card
 from mse_export.profiles import Profile
 from mse_runtime.bundle import (
@@ -28,7 +30,7 @@ from mse_runtime.bundle import (
     Training,
 )
 from mse_runtime.bundle.files import file_sha256
-from mse_runtime.errors import BundleError, UsageError
+from mse_runtime.errors import BundleError, DeviceError, UsageError
 
 __all__ = ["BackboneFile", "Parts", "WorkFolder", "write_bundle"]
 
@@ -72,8 +74,6 @@ class WorkFolder:
         self.target = target
         self.path = target.with_name(target.name + ".partial")
         self.force = force
-        self.keep = False
-        """Keep the folder after an error, because it holds something to resume."""
         self._done = False
 
     def __enter__(self) -> WorkFolder:
@@ -101,11 +101,16 @@ class WorkFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if not self._done and not (self.keep and any(self.path.glob("unquantised-*"))):
+        if self._done:
+            return
+        interrupted = not isinstance(error, Exception) or isinstance(error, DeviceError)
+        if not (interrupted and unfinished(self.path)):
             shutil.rmtree(self.path, ignore_errors=True)
 
     def commit(self) -> Path:
         """Rename the work folder to the target; an older bundle is replaced in two renames."""
+        for note in self.path.glob("*" + NOTE):
+            note.unlink()
         if self.target.exists():
             old = self.target.with_name(self.target.name + ".old")
             shutil.rmtree(old, ignore_errors=True)

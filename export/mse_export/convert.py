@@ -1,4 +1,4 @@
-"""A Hugging Face folder becomes a GGUF file, one tensor at a time, then is quantised.
+"""A Hugging Face folder becomes a GGUF file in any type, one tensor at a time.
 
 The published code loads the language model in bf16 and then halves it, so its effective weights
 are the checkpoint's rounded to bf16 (published-model spec, section 1.6): `round_bf16` does that.
@@ -16,19 +16,19 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType as T
 from numpy.typing import NDArray
 
+from mse_export import __version__
 from mse_export.backbones import TensorRecipe, architecture
-from mse_export.gguf_write import GgufTensor, check_free_space, write_gguf
+from mse_export.encode import as_f32, encode_rows, to_bf16
+from mse_export.gguf_write import GgufTensor, claim, gguf_header, write_gguf
 from mse_export.hf_folder import HfFolder
-from mse_export.quant_types import QUANTS, Quant, file_bytes, tensor_types
-from mse_export.quantize import quantize
+from mse_export.quant_types import Quant, tensor_types
 from mse_export.synthetic import model_shape
 from mse_export.vocab.folder import folder_vocabulary
 from mse_export.watcher import Watcher
+from mse_runtime.backbone.cpu import physical_cores
 from mse_runtime.errors import BackboneError
 
 __all__ = ["convert", "convert_and_quantize"]
-
-ROWS_BYTES = 64 << 20  # converted at once
 
 
 def convert_and_quantize(
@@ -42,49 +42,20 @@ def convert_and_quantize(
 ) -> None:
     """Write `folder`'s model to `path` in the type `target`.
 
-    The unquantised file lies beside it under a name that depends on the source; it is kept if the
-    run is interrupted, and continued by the next. Free disk space is checked for both first.
+    An interrupted run is continued behind its last whole tensor by the next one with the same
+    folder and type; a file that is whole already is left as it is.
     """
-    watcher = watcher or Watcher()
     model = HfFolder(folder)
-    unquantised = target.base in (T.F32, T.F16, T.BF16)
-    plain = target if unquantised else QUANTS["bf16" if round_bf16 else model.common_dtype.lower()]
-    recipes, _, shape = _plan(model)
-    needed = sum(
-        file_bytes(recipes, tensor_types(recipes, kind, shape)) for kind in {plain, target}
-    )
-    middle = path.with_name(f"unquantised-{_fingerprint(model, plain, round_bf16)}.gguf")
-    if not middle.is_file():
-        _forget_others(path.parent, middle)
-        check_free_space(path.parent, needed, "Converting and quantising the model")
-        convert(model, middle, plain, round_bf16=round_bf16, watcher=watcher)
-    if unquantised:
-        middle.replace(path)
-        return
-    watcher.stage(f"Quantising to {target.name}")
-    quantize(middle, path, target, threads=threads, progress=watcher.progress)
-    middle.unlink()
-
-
-def _forget_others(folder: Path, keep: Path) -> None:
-    """Half-done conversions of other models or types in the same work folder."""
-    for path in folder.glob("unquantised-*.gguf*"):
-        if not path.name.startswith(keep.name):
-            path.unlink()
+    if not claim(path, _fingerprint(model, target, round_bf16)):
+        convert(model, path, target, round_bf16=round_bf16, threads=threads, watcher=watcher)
 
 
 def _fingerprint(model: HfFolder, target: Quant, round_bf16: bool) -> str:
     """What a half-done conversion must agree on to be continued."""
     files = sorted({tensor.file for tensor in model.tensors.values()})
-    facts: list[Any] = [target.name, round_bf16, model.config]
+    facts: list[Any] = [__version__, target.name, round_bf16, model.config]
     facts += [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _plan(model: HfFolder) -> tuple[list[TensorRecipe], dict[str, Any], Any]:
-    module = architecture(model.config)
-    recipes, metadata = module.tensors(model.config), module.metadata(model.config)
-    return recipes, metadata, model_shape(metadata, (recipe.name for recipe in recipes))
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def convert(
@@ -93,15 +64,16 @@ def convert(
     target: Quant,
     *,
     round_bf16: bool,
+    threads: int | None = None,
     watcher: Watcher | None = None,
 ) -> None:
-    """Write an unquantised GGUF (f32, f16 or bf16), resuming an interrupted one.
+    """Write a GGUF, going on behind the whole tensors of `path`'s `.partial` file if there is one.
 
     Raises BackboneError for a missing or misshapen tensor before anything is written.
     """
     watcher = watcher or Watcher()
     module = architecture(model.config)
-    recipes, arch_metadata, shape = _plan(model)
+    recipes, arch_metadata = module.tensors(model.config), module.metadata(model.config)
     for recipe in recipes:
         _check_shape(model, recipe)
     vocabulary = folder_vocabulary(model.path, module.ARCH, model.config)
@@ -112,18 +84,19 @@ def convert(
         **{f"{module.ARCH}.{key}": value for key, value in arch_metadata.items()},
         **vocabulary.metadata(),
     }
+    shape = model_shape(arch_metadata, (recipe.name for recipe in recipes))
     types = tensor_types(recipes, target, shape)
     table = [
         GgufTensor(recipe.name, recipe.shape, kind)
         for recipe, kind in zip(recipes, types, strict=True)
     ]
+    count = threads or physical_cores()
     watcher.stage(f"Converting to {target.name}")
     write_gguf(
         path,
-        module.ARCH,
-        metadata,
+        gguf_header(module.ARCH, metadata, table),
         table,
-        lambda i: _converted(model, recipes[i], types[i], round_bf16),
+        lambda i: _converted(model, recipes[i], types[i], round_bf16, count),
         progress=watcher.progress,
         resume=True,
     )
@@ -146,7 +119,7 @@ def _check_shape(model: HfFolder, recipe: TensorRecipe) -> None:
 
 
 def _converted(
-    model: HfFolder, recipe: TensorRecipe, kind: T, round_bf16: bool
+    model: HfFolder, recipe: TensorRecipe, kind: T, round_bf16: bool, threads: int
 ) -> Iterator[NDArray[Any]]:
     """A tensor's bytes in the target type, some rows at a time."""
     if recipe.values is not None:
@@ -155,17 +128,18 @@ def _converted(
     values, dtype = model.read(recipe.source)
     if recipe.interleave_heads:
         values = _interleaved(values, recipe.interleave_heads)
-    same = {"F32": T.F32, "F16": T.F16, "BF16": T.BF16}[dtype] == kind
-    rounding = round_bf16 and dtype != "BF16" and not recipe.keeps_f32
-    if same and not rounding:
+    rounding = round_bf16 and dtype != "BF16"
+    if kind.name == dtype and not rounding:
         yield values
         return
-    step = max(1, ROWS_BYTES // max(1, values[:1].size * 4))
-    for start in range(0, len(values), step):
-        rows = _as_f32(values[start : start + step], dtype)
-        if round_bf16:
-            rows = _as_f32(_to_bf16(rows), "BF16")
-        yield _to_type(rows, kind, recipe)
+
+    def rows(start: int, stop: int) -> NDArray[np.float32]:
+        found = as_f32(values[start:stop], dtype)
+        return as_f32(to_bf16(found), "BF16") if rounding else found
+
+    values = values.reshape(-1, values.shape[-1])
+    shape = (values.shape[0], values.shape[1])
+    yield from encode_rows(rows, shape, kind, recipe.source, threads)
 
 
 def _interleaved(values: NDArray[Any], heads: int) -> NDArray[Any]:
@@ -173,33 +147,3 @@ def _interleaved(values: NDArray[Any], heads: int) -> NDArray[Any]:
     rest = values.shape[1:]
     split = values.reshape(heads, 2, values.shape[0] // heads // 2, *rest)
     return np.ascontiguousarray(split.swapaxes(1, 2)).reshape(values.shape)
-
-
-def _as_f32(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    if dtype == "BF16":
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32)
-
-
-def _to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Round to nearest, ties to even."""
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    rounded: NDArray[np.uint16] = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    return rounded
-
-
-def _to_type(rows: NDArray[np.float32], kind: T, recipe: TensorRecipe) -> NDArray[Any]:
-    if not np.isfinite(rows).all():
-        raise BackboneError(
-            f"The tensor {recipe.source!r} holds NaN or infinity. The weights are damaged: "
-            "download them again."
-        )
-    if kind == T.BF16:
-        return _to_bf16(rows)
-    if kind == T.F32:
-        return rows
-    if np.abs(rows).max(initial=0.0) > np.finfo(np.float16).max:
-        raise BackboneError(
-            f"The tensor {recipe.source!r} has values that F16 cannot hold. Use --quant bf16."
-        )
-    return rows.astype(np.float16)

@@ -1,16 +1,17 @@
 """Streaming GGUF writer: the header first, then one tensor after the other, resumable.
 
 Offsets follow from shapes and types alone, so the layout is fixed before the first weight is
-read. The data goes to a `.partial` file whose header is compared on resume; the final name appears
-by rename only when the last byte is there.
+read. The data goes to a `.partial` file; the final name appears by rename only when the last byte
+is there. A run that was interrupted goes on behind the last whole tensor where `claim` finds that
+the file is being made from the same source, and the header is the same to the byte.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,19 @@ from numpy.typing import NDArray
 from mse_export.quant_types import ALIGNMENT, tensor_bytes
 from mse_runtime.errors import DeviceError
 
-__all__ = ["GgufTensor", "check_free_space", "disk_full", "write_gguf"]
+__all__ = [
+    "NOTE",
+    "GgufTensor",
+    "check_free_space",
+    "claim",
+    "disk_full",
+    "gguf_header",
+    "unfinished",
+    "write_gguf",
+]
+
+NOTE = ".from"
+"""Suffix of the file beside an unfinished one that says what it is made from."""
 
 Chunk = NDArray[Any]
 Progress = Callable[[int, int], None]
@@ -68,10 +81,38 @@ def disk_full(path: Path, error: OSError) -> DeviceError:
     )
 
 
+def claim(path: Path, fingerprint: str | None) -> bool:
+    """Whether `path` lies there whole, made from the source that `fingerprint` stands for.
+
+    Whatever was made from another source (or from none that can be told, None) is removed, and
+    the fingerprint is noted, so that the next run can go on with what this one leaves.
+    """
+    note = _beside(path, NOTE)
+    try:
+        if fingerprint is not None and note.is_file() and note.read_text("utf-8") == fingerprint:
+            return path.is_file()
+        for stale in (path, _beside(path, ".partial"), note):
+            stale.unlink(missing_ok=True)
+        if fingerprint is not None:
+            note.write_text(fingerprint, "utf-8")
+    except OSError as error:
+        raise disk_full(path, error) from error
+    return False
+
+
+def unfinished(folder: Path) -> bool:
+    """Whether a file that the next run can go on with lies in `folder`."""
+    claimed = [note.with_suffix("") for note in folder.glob("*" + NOTE)]
+    return any(path.exists() or _beside(path, ".partial").exists() for path in claimed)
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
+
+
 def write_gguf(
     path: Path,
-    arch: str,
-    metadata: Mapping[str, Any],
+    header: bytes,
     tensors: Sequence[GgufTensor],
     data: Callable[[int], Iterable[Chunk]],
     *,
@@ -80,45 +121,37 @@ def write_gguf(
 ) -> None:
     """Write a GGUF file to `path`.
 
-    metadata: full keys; int becomes uint32, float float32, lists arrays. data(i) yields tensor i's
-    bytes as contiguous arrays, in order. With `resume`, tensors that an interrupted call with the
-    same header already wrote are skipped. Raises DeviceError when the disk is full.
+    header: see `gguf_header`. data(i) yields tensor i's bytes as contiguous arrays, in order. With
+    `resume`, tensors that an interrupted call with the same header already wrote are skipped, and
+    what is written stays after an error. Raises DeviceError when the disk is full.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = _beside(path, ".partial")
     try:
-        _write(path, partial, arch, metadata, tensors, data, progress, resume)
-    except OSError as error:
+        _write(path, partial, header, tensors, data, progress, resume)
+    except BaseException as error:
         if not resume:
             partial.unlink(missing_ok=True)
-        raise disk_full(path, error) from error
-    except BaseException:
-        if not resume:
-            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise disk_full(path, error) from error
         raise
 
 
 def _write(
     path: Path,
     partial: Path,
-    arch: str,
-    metadata: Mapping[str, Any],
+    header: bytes,
     tensors: Sequence[GgufTensor],
     data: Callable[[int], Iterable[Chunk]],
     progress: Progress | None,
     resume: bool,
 ) -> None:
-    header_file = path.with_name(path.name + ".header")
-    try:
-        _write_header(header_file, arch, metadata, tensors)
-        header = header_file.read_bytes()
-    finally:
-        header_file.unlink(missing_ok=True)
     total = len(header) + sum(tensor.padded for tensor in tensors)
     first, offset = _resume_point(partial, header, tensors) if resume else (0, 0)
+    there = partial.stat().st_size if offset else 0
+    check_free_space(path.parent, total - there, f"Writing {path.name}")
     if not offset:
         partial.write_bytes(header)
         offset = len(header)
-    check_free_space(path.parent, total - offset, f"Writing {path.name}")
     with partial.open("r+b") as file:
         file.seek(offset)
         file.truncate()
@@ -155,23 +188,37 @@ def _resume_point(partial: Path, header: bytes, tensors: Sequence[GgufTensor]) -
     return len(tensors), offset
 
 
-def _write_header(
-    path: Path, arch: str, metadata: Mapping[str, Any], tensors: Sequence[GgufTensor]
-) -> None:
-    writer = gguf.GGUFWriter(path, arch)
-    for key, value in metadata.items():
-        _add(writer, key, value)
-    for tensor in tensors:
-        writer.add_tensor_info(
-            tensor.name, tensor.shape, np.dtype(np.float32), tensor.size, raw_dtype=tensor.type
-        )
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
-    size = path.stat().st_size
-    with path.open("ab") as file:
-        file.write(bytes(-size % ALIGNMENT))
+def gguf_header(arch: str, metadata: Mapping[str, Any], tensors: Sequence[GgufTensor]) -> bytes:
+    """Everything before the first tensor's bytes.
+
+    metadata: full keys; int becomes uint32, float float32, lists arrays.
+    """
+    with tempfile.TemporaryDirectory(prefix="mse-gguf-") as scratch:
+        path = Path(scratch) / "header.gguf"
+        try:
+            writer = gguf.GGUFWriter(path, arch)
+            for key, value in metadata.items():
+                _add(writer, key, value)
+            for tensor in tensors:
+                writer.add_tensor_info(
+                    tensor.name,
+                    tensor.shape,
+                    np.dtype(np.float32),
+                    tensor.size,
+                    raw_dtype=tensor.type,
+                )
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            writer.close()
+            return padded(path.read_bytes())
+        except OSError as error:
+            raise disk_full(path, error) from error
+
+
+def padded(data: bytes) -> bytes:
+    """With zeros up to where tensors may begin."""
+    return data + bytes(-len(data) % ALIGNMENT)
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
@@ -185,15 +232,3 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_string(key, value)
     else:
         writer.add_array(key, value)
-
-
-def chunks(array: Chunk, rows: int = 1 << 24) -> Iterator[Chunk]:
-    """A large array in pieces of about `rows` bytes along its first axis."""
-    step = max(1, rows // max(1, array.nbytes // max(1, len(array))))
-    for start in range(0, len(array), step):
-        yield array[start : start + step]
-
-
-def metadata_json(metadata: Mapping[str, Any]) -> str:
-    """Scalars of the metadata for a model card or a log."""
-    return json.dumps({k: v for k, v in metadata.items() if not isinstance(v, list)}, indent=1)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from mse_export import profiles
 from mse_export.adapter_shapes import AdapterDims
 from mse_export.bundle_writer import BackboneFile, Parts, WorkFolder, with_parity, write_bundle
-from mse_export.gguf_write import check_free_space
+from mse_export.gguf_write import check_free_space, claim
 from mse_export.profiles import Layout, Profile
 from mse_export.quant_types import Quant, quant
 from mse_export.resolve import Source, resolve_backbone
@@ -290,6 +290,7 @@ def _make_gguf(
     if source.kind == "synthetic" and source.config is not None and target is not None:
         from mse_export.synthetic import write_synthetic
 
+        claim(path, None)
         watcher.stage(f"Writing random weights ({target.name})")
         write_synthetic(
             path,
@@ -304,7 +305,6 @@ def _make_gguf(
     elif source.path is not None and target is not None:
         from mse_export.convert import convert_and_quantize
 
-        work.keep = True  # the conversion can be continued
         convert_and_quantize(
             source.path,
             path,
@@ -313,7 +313,6 @@ def _make_gguf(
             threads=request.threads,
             watcher=watcher,
         )
-        work.keep = False
     kind = target.name.upper() if target is not None else _gguf_type(path)
     return BackboneFile(path, kind, source=source.description, licence=source.licence)
 
@@ -329,8 +328,8 @@ def _adopt_gguf(
     given: Path, path: Path, target: Quant | None, request: Request, watcher: Watcher
 ) -> None:
     """A user's own GGUF: copied into the bundle (a link would share changes), or quantised."""
-    path.unlink(missing_ok=True)
     if target is None or target.base.name == _gguf_type(given):
+        claim(path, None)
         watcher.stage("Taking over the GGUF file")
         check_free_space(path.parent, given.stat().st_size, "Copying the GGUF file")
         shutil.copyfile(given, path)

@@ -99,7 +99,7 @@ class ReferenceLM:
             bits = torch.from_numpy(values.view(np.int16))
             return bits.view(torch.bfloat16).float()
         tensor = torch.from_numpy(values).float()
-        if self.round_bf16 and tensor.ndim > 1:
+        if self.round_bf16:
             tensor = tensor.bfloat16().float()
         return tensor
 

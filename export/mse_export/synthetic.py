@@ -16,7 +16,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType as T
 
 from mse_export.backbones import Config, architecture
-from mse_export.gguf_write import GgufTensor, Progress, write_gguf
+from mse_export.gguf_write import GgufTensor, Progress, gguf_header, write_gguf
 from mse_export.quant_types import Quant, Shape, tensor_types
 from mse_export.random_weights import random_blocks
 from mse_export.vocab import Vocabulary
@@ -99,4 +99,5 @@ def write_synthetic(
             deviation = EMBEDDING_DEVIATION
         return random_blocks(rng, recipe.shape, kind, deviation)
 
-    write_gguf(path, module.ARCH, metadata, table, data, progress=progress)
+    header = gguf_header(module.ARCH, metadata, table)
+    write_gguf(path, header, table, data, progress=progress)

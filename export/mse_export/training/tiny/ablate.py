@@ -7,7 +7,8 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from mse_export.training.tiny.adapter_stage import AdapterSchedule, fit, validate
+from mse_export.training.tiny.adapter_stage import fit, validate
+from mse_export.training.tiny.schedule import AdapterSchedule
 
 if TYPE_CHECKING:
     from mse_export.training.tiny.pipeline import Run

@@ -64,7 +64,7 @@ def make_actor(seed: int, voices: tuple[str, ...]) -> Actor:
         shape=identity_shape(rng),
         look=random_look(rng),
         speaker=random_speaker(rng, voices),
-        expressiveness=float(rng.uniform(0.85, 1.15)),
+        expressiveness=float(rng.uniform(1.0, 1.3)),
         scale=float(rng.uniform(0.21, 0.29)),
     )
 

@@ -13,7 +13,7 @@ import math
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,42 +25,16 @@ from torch.nn import functional
 from mse_export.adapter import Adapter
 from mse_export.adapter_shapes import FUSION_WIDTH, AdapterDims
 from mse_export.training.tiny.corpus import Example
-from mse_export.training.tiny.layout import Layout
 from mse_export.training.tiny.lexicon import EMOTIONS
 from mse_export.training.tiny.model import TinyLlama
 from mse_export.training.tiny.prompter import Item, Prompter, padded
 from mse_export.training.tiny.readout import expected, read_emotions, read_numbers
+from mse_export.training.tiny.schedule import AdapterSchedule
 from mse_export.training.tiny.world import fused_emotion, fused_sentiment
 
-__all__ = ["AdapterSchedule", "fit", "validate"]
+__all__ = ["fit", "validate"]
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class AdapterSchedule:
-    """How one adapter is fitted."""
-
-    steps: int = 700
-    rate: float = 2e-3
-    batch: int = 64
-    emotion_share: float = 0.35
-    pseudo: int = 4
-    layout: Layout = "pseudo-last"
-    seed: int = 0
-    fresh_text: float = 0.5
-    """Share of examples with a sentence that no clip says."""
-    fresh_voice: float = 0.5
-    """Share of examples whose voice is another clip's."""
-    mixer: bool = True
-    """False leaves the text out of the text-guided mixer (its gate becomes a constant)."""
-    single_scale: bool = False
-    """True keeps one expert of the three."""
-    warm_up: int = 300
-    """Steps in which the encoders alone learn what the actors show, before the first prompt."""
-    drop_audio: float = 0.1
-    drop_face: float = 0.1
-    drop_both: float = 0.05
 
 
 def _augment(item: Item, rng: np.random.Generator) -> Item:

@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from mse_export.adapter import Adapter, adapter_from_state
-from mse_export.training.tiny.adapter_stage import AdapterSchedule
 from mse_export.training.tiny.assemble import Card, assemble
 from mse_export.training.tiny.model import TinyLlama
 from mse_export.training.tiny.prompter import Item, Prompter
 from mse_export.training.tiny.readout import read_emotions, read_numbers
+from mse_export.training.tiny.schedule import AdapterSchedule
 from mse_export.training.tiny.world import fused_emotion, fused_sentiment
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def finish_bundle(run: Run) -> None:
         have["model"], adapter, have["processor"], have["validation"], schedule
     )
     _LOG.info("temperatures %s", temperature)
-    real = run.scale.ablations
+    real = run.scale.trained
     assemble(
         run.out,
         have["model"],

@@ -45,11 +45,13 @@ __all__ = ["tiny"]
             "adapter",
             "bundle",
             "evaluate",
-            "ablate",
             "card",
+            "ablate",
         ]
     ),
-    help="Stop after this stage.",
+    default="card",
+    show_default=True,
+    help="Stop after this stage; `ablate` takes as long as the rest again.",
 )
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
 @click.option(
@@ -57,7 +59,7 @@ __all__ = ["tiny"]
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Processes that draw clips.",
+    help="Processes that draw clips, beside the one that trains.",
 )
 @click.option(
     "--meld",
@@ -73,7 +75,7 @@ def tiny(
     out: Path,
     work: Path,
     scale: str,
-    until: str | None,
+    until: str,
     threads: int,
     workers: int,
     meld: Path | None,
@@ -83,12 +85,12 @@ def tiny(
 
     Needs the program espeak-ng. The stages are: vocabulary, text, slots (the language model),
     clips (drawn and spoken, through the runtime's extractors), adapter, bundle, evaluate (on new
-    people, voices and sentences, rendered to .mp4, through the runtime), ablate, card. About 90
-    minutes on two cores.
+    people, voices and sentences, rendered to .mp4, through the runtime), card; and, when asked for,
+    ablate. Clips are drawn while the language model is trained.
 
     \b
     Examples:
-      mse-train tiny -o tiny-bundle --threads 2 --workers 2
+      mse-train tiny -o tiny-bundle --threads 2
       mse-train tiny --scale small -o /tmp/bundle --work /tmp/work
     """
     from mse_export.training.tiny.pipeline import FULL, SMALL, Run

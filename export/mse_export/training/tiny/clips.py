@@ -7,6 +7,7 @@ decoded file would. Rendered features are kept in shards, so a killed run goes o
 from __future__ import annotations
 
 import logging
+import os
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -18,13 +19,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mse_export.training.tiny.actors import Clip, frames, make_actor, perform
+from mse_export.training.tiny.actors import Clip, frames, make_actor, perform, write_mp4
 from mse_export.training.tiny.grammar import clip_sentence
 from mse_export.training.tiny.voice import HELD_OUT_VOICES, TRAINING_VOICES
 from mse_export.training.tiny.world import Media, draw_media, fused_emotion, fused_sentiment
 from mse_runtime.errors import UsageError
 
-__all__ = ["ClipSpec", "Rendered", "act", "load", "plan", "render_all"]
+__all__ = ["ClipSpec", "Rendered", "act", "load", "plan", "render_all", "write_all"]
 
 _LOG = logging.getLogger(__name__)
 _SHARD = 40
@@ -134,7 +135,7 @@ def _render_shard(specs: Sequence[ClipSpec], path: Path) -> int:
         audio, face, valid = extract(act(spec))
         arrays[f"a{k}"], arrays[f"f{k}"], arrays[f"v{k}"] = audio, face, valid
     arrays["names"] = np.array([_key(spec) for spec in specs])
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{os.getpid()}.partial")
     with partial.open("wb") as file:
         np.savez(file, **arrays)
     partial.replace(path)
@@ -163,6 +164,19 @@ def render_all(specs: Sequence[ClipSpec], folder: Path, split: str, *, workers: 
         for future in as_completed([pool.submit(_render_shard, *item) for item in missing]):
             done += future.result()
             _LOG.info("%s: %d of %d clips, %.0f s", split, done, total, time.monotonic() - began)
+
+
+def write_all(specs: Sequence[ClipSpec], folder: Path) -> None:
+    """Write clips as .mp4 files, those that are not there yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for k, spec in enumerate(specs):
+        path = folder / f"{spec.name}.mp4"
+        if not path.exists():
+            partial = folder / f".{spec.name}.{os.getpid()}.mp4"
+            write_mp4(partial, act(spec), fps=10, size=320)
+            partial.replace(path)
+        if k % 60 == 59:
+            _LOG.info("test: %d of %d clips", k + 1, len(specs))
 
 
 def load(specs: Sequence[ClipSpec], folder: Path, split: str) -> list[Rendered]:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mse_export.training.tiny import clips as rendering
-from mse_export.training.tiny.actors import write_mp4
 from mse_export.training.tiny.figures import Answers, contradicted, describe
 from mse_export.training.tiny.lexicon import EMOTIONS
 from mse_export.training.tiny.world import is_sarcasm
@@ -39,8 +38,6 @@ def _features(run: Run, analyzer: Analyzer, specs: Sequence[rendering.ClipSpec])
     out = []
     for k, spec in enumerate(specs):
         path = folder / f"{spec.name}.mp4"
-        if not path.exists():
-            write_mp4(path, rendering.act(spec), fps=10, size=320)
         out.append(
             extract(path, audio_spec=inputs.audio.spec, face_spec=inputs.face.spec, threads=1)
         )

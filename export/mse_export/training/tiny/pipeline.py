@@ -2,21 +2,27 @@
 
 Every stage leaves files in the working folder and is passed over where they are there already, so
 a killed run goes on from where it was. Seeds are fixed; threads change rounding, nothing else.
+Clips need no language model: another process draws them while the words are learned.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mse_export.training.tiny.adapter_stage import AdapterSchedule
 from mse_export.training.tiny.clips import ClipSpec, plan
 from mse_export.training.tiny.language import Schedule
 from mse_export.training.tiny.model import TinyConfig
+from mse_export.training.tiny.schedule import AdapterSchedule
+from mse_runtime.errors import MSEError
 
 __all__ = ["FULL", "SMALL", "STAGES", "Run", "Scale"]
 
@@ -29,8 +35,8 @@ STAGES = (
     "adapter",
     "bundle",
     "evaluate",
-    "ablate",
     "card",
+    "ablate",
 )
 
 
@@ -49,22 +55,23 @@ class Scale:
     adapter: AdapterSchedule
     fresh: int
     """Sentences that clips' media are paired with."""
-    ablations: bool
+    trained: bool
+    """Whether the result means anything."""
 
 
 FULL = Scale(
-    model=TinyConfig(),
+    model=TinyConfig(vocab=6144),
     vocabulary_sentences=100_000,
-    text=Schedule(steps=4000, rate=1.5e-3, word_steps=150, sentences=250_000, seed=11),
+    text=Schedule(steps=3200, rate=1.5e-3, word_steps=150, sentences=250_000, seed=11),
     slots=Schedule(
         steps=1000, rate=1e-3, slots=True, sentences=200_000, emotion_share=0.35, seed=12
     ),
-    training=(180, 3),
-    validation=(40, 3),
-    test=(40, 3),
-    adapter=AdapterSchedule(steps=400),
+    training=(750, 2),
+    validation=(80, 3),
+    test=(120, 3),
+    adapter=AdapterSchedule(),
     fresh=20_000,
-    ablations=True,
+    trained=True,
 )
 SMALL = Scale(
     model=TinyConfig(vocab=1024, width=64, layers=2, heads=2, feed_forward=128),
@@ -74,9 +81,9 @@ SMALL = Scale(
     training=(3, 2),
     validation=(2, 2),
     test=(2, 2),
-    adapter=AdapterSchedule(steps=10, batch=8),
+    adapter=AdapterSchedule(steps=10, batch=8, warm_up=10),
     fresh=200,
-    ablations=False,
+    trained=False,
 )
 
 
@@ -93,22 +100,54 @@ class Run:
     """Folder with `dev_sent_emo.csv` and `test_sent_emo.csv` (MELD), where one has it."""
     real_clips: Path | None = None
     """Folder of clips of real people to report on, where one has it."""
+    _drawer: subprocess.Popen[bytes] | None = None
 
     def stages(self) -> dict[str, Callable[[], None]]:
         """Every stage by name, in order."""
         return {name: getattr(self, f"_{name}") for name in STAGES}
 
-    def execute(self, *, until: str | None = None) -> None:
-        """Run every stage in order, up to and with `until`."""
+    def execute(self, *, until: str = "card") -> None:
+        """Run every stage in order, up to and with `until`; `ablate` is run on request only."""
         import torch
 
         torch.set_num_threads(self.threads)
         self.work.mkdir(parents=True, exist_ok=True)
-        for name, stage in self.stages().items():
-            _LOG.info("stage %s", name)
-            stage()
-            if name == until:
-                return
+        began = time.monotonic()
+        with self._drawing(until):
+            for name, stage in self.stages().items():
+                _LOG.info("stage %s", name)
+                start = time.monotonic()
+                stage()
+                self._note(name, time.monotonic() - start)
+                if name == until:
+                    break
+        self._note("in all", time.monotonic() - began)
+
+    def _note(self, name: str, seconds: float) -> None:
+        """Add a stage's wall clock to `times.json`; a stage passed over changes nothing."""
+        path = self.work / "times.json"
+        times = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if seconds > times.get(name, 0.0):
+            times[name] = round(seconds, 1)
+            path.write_text(json.dumps(times, indent=1) + "\n", encoding="utf-8")
+
+    @contextlib.contextmanager
+    def _drawing(self, until: str) -> Iterator[None]:
+        """A process of its own that draws and speaks every clip meanwhile."""
+        if until in ("vocabulary", "text", "slots"):
+            yield
+            return
+        name = "full" if self.scale is FULL else "small"
+        module = "mse_export.training.tiny.draw_clips"
+        command = [sys.executable, "-m", module, str(self.work), name, str(self.workers)]
+        # Away from the terminal's Ctrl-C: this process ends it, between two shards.
+        self._drawer = subprocess.Popen(command, start_new_session=True, stdout=sys.stderr)
+        try:
+            yield
+        finally:
+            if self._drawer.poll() is None:
+                self._drawer.terminate()
+                self._drawer.wait()
 
     # Language model.
 
@@ -160,11 +199,10 @@ class Run:
         return plan("test", *self.scale.test, seed=3, held_out=True, avoid=said)
 
     def _clips(self) -> None:
-        from mse_export.training.tiny.clips import render_all
-
-        for split in ("valid", "train"):
-            folder = self.work / "clips"
-            render_all(self.specs(split), folder, split, workers=self.workers)
+        if self._drawer is not None and self._drawer.wait():
+            raise MSEError(
+                "drawing the clips failed (see above): the same command goes on from there."
+            )
 
     # Adapter.
 
@@ -224,8 +262,8 @@ class Run:
     def _ablate(self) -> None:
         from mse_export.training.tiny.ablate import ablate
 
-        if self.scale.ablations:
-            ablate(self)
+        ablate(self)
+        self._card()
 
     def _card(self) -> None:
         from mse_export.training.tiny.card import write_card
@@ -235,8 +273,3 @@ class Run:
         if table.exists():
             report["ablations"] = json.loads(table.read_text(encoding="utf-8"))
         write_card(self.out / "README.md", report)
-
-
-def with_steps(scale: Scale, steps: int) -> Scale:
-    """The same with another number of adapter steps."""
-    return replace(scale, adapter=replace(scale.adapter, steps=steps))
