@@ -13,10 +13,11 @@ from __future__ import annotations
 import errno
 import math
 import mmap
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -55,7 +56,9 @@ class Gguf:
     tensors: Mapping[str, TensorInfo]
 
     def __init__(self) -> None:
+        self._file: BinaryIO | None = None
         self._map: mmap.mmap | None = None
+        self._stamp = (0, 0)
         self._arrays: dict[str, Array] = {}
 
     @classmethod
@@ -68,7 +71,8 @@ class Gguf:
         """
         found = cls()
         found.path = Path(path)
-        found._map = _map_file(found.path)
+        found._file, found._map = _map_file(found.path)
+        found._stamp = _stamp(found._file)
         try:
             found._read()
         except BaseException:
@@ -147,11 +151,26 @@ class Gguf:
             raise BackboneError(f"{self.path} has been closed. Open it again with Gguf.open.")
         return self._map
 
+    def _data(self, info: TensorInfo) -> npt.NDArray[np.uint8]:
+        """A tensor's bytes, of a file that is still the one that was opened.
+
+        Replaced by renaming, the old file stays readable here. Written into or cut, the map shows
+        the new bytes, or ends the process by SIGBUS: such a file is refused before it is touched.
+        """
+        mapped = self._mapped()
+        if self._file is None or _stamp(self._file) != self._stamp:
+            raise BackboneError(
+                f"{self.path} was changed while it was in use. Start again; to put another model "
+                "in its place, write it under another name and rename it."
+            )
+        return np.frombuffer(mapped, np.uint8, info.size, info.offset)
+
     def close(self) -> None:
         """Unmap the file. Arrays handed out before are copies and stay valid."""
-        if self._map is not None:
+        if self._map is not None and self._file is not None:
             self._map.close()
-            self._map = None
+            self._file.close()
+            self._map = self._file = None
 
     def __enter__(self) -> Self:
         return self
@@ -299,7 +318,7 @@ class Gguf:
                 f"Token ids must lie in 0 .. {info.shape[0] - 1}, got {wanted.min()} .. "
                 f"{wanted.max()}. Tokenise with the same model."
             )
-        raw = np.frombuffer(self._mapped(), np.uint8, info.size, info.offset)
+        raw = self._data(info)
         return dequantize(raw.reshape(info.shape[0], -1)[wanted], info.type)
 
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
@@ -307,12 +326,17 @@ class Gguf:
         if name not in self.tensors:
             raise BackboneError(f"{self.path} has no tensor {name!r}.")
         info = self.tensors[name]
-        raw = np.frombuffer(self._mapped(), np.uint8, info.size, info.offset)
+        raw = self._data(info)
         flat = raw.reshape(info.elements // info.shape[-1], -1)
         return dequantize(flat, info.type).reshape(info.shape)
 
 
-def _map_file(path: Path) -> mmap.mmap:
+def _stamp(file: BinaryIO) -> tuple[int, int]:
+    now = os.fstat(file.fileno())
+    return now.st_size, now.st_mtime_ns
+
+
+def _map_file(path: Path) -> tuple[BinaryIO, mmap.mmap]:
     try:
         if not path.is_file():
             kind = "is a directory" if path.is_dir() else "does not exist or is no regular file"
@@ -320,8 +344,12 @@ def _map_file(path: Path) -> mmap.mmap:
                 f"The language model {path} {kind}. Give the path of a .gguf file, or download "
                 "the bundle again."
             )
-        with path.open("rb") as handle:
-            return mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+        handle = path.open("rb")
+        try:
+            return handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+        except BaseException:
+            handle.close()
+            raise
     except ValueError as error:  # an empty file, or a NUL in the path
         raise BackboneError(
             f"The language model {path} is empty or its name is no path ({error}). Download or "

@@ -29,11 +29,14 @@ def make_plan(
     from mse_runtime.probe import fast_path
 
     with Gguf.open(bundle.gguf_path()) as gguf:
+        # Asked for every model, and before llama.cpp is loaded here: a build for another CPU kills
+        # the process that loads it.
+        fast = fast_path()
         made = plan(
             gguf,
             n_ctx=positions(bundle),
             low_memory=low_memory,
-            extra_bufts=low_memory or not may_repack(gguf) or fast_path().extra_bufts,
+            extra_bufts=low_memory or not may_repack(gguf) or fast.extra_bufts,
             n_gpu_layers=n_gpu_layers,
             free_vram=free_vram(),
             positions=positions(bundle),

@@ -12,7 +12,7 @@ from av.audio.resampler import AudioResampler
 from numpy.typing import NDArray
 
 from mse_runtime.media.packets import Damage, packets
-from mse_runtime.media.probe import ClipInfo, Window, cut_warning, open_clip
+from mse_runtime.media.probe import MAX_RATE, MIN_RATE, ClipInfo, Window, cut_warning, open_clip
 
 if TYPE_CHECKING:
     from av.audio.frame import AudioFrame
@@ -80,13 +80,15 @@ class SoundReader:
             for packet in packets(container, stream, self._info, self._window, self._damage):
                 try:
                     frames = cast("list[AudioFrame]", packet.decode())
+                    full = not all(self._take(frame) for frame in frames)
                 except (av.error.FFmpegError, OSError):
+                    self._resampler = None  # a frame can contradict itself after decoding, too
                     self._damage.packets += 1
                     if self._damage.packets > _TOLERATED:
                         self._damage.cut = "too much of it is damaged"
                         break
                     continue
-                if not all(self._take(frame) for frame in frames):
+                if full:
                     break
             self._flush()
         warnings = self._damage.warnings()
@@ -98,6 +100,9 @@ class SoundReader:
 
     def _take(self, frame: AudioFrame) -> bool:
         """Resample and place one frame; False once the window is full."""
+        if not MIN_RATE <= frame.sample_rate <= MAX_RATE:
+            self._damage.frames += 1
+            return True
         when = self._expected if frame.time is None else frame.time - self._info.origin
         if when >= self._window.end:
             self._more = True

@@ -192,13 +192,19 @@ class FrameReader:
         aspect = 1.0 if video is None else video.pixel_aspect
         shown_width = width * min(max(aspect, 0.25), 4.0)
         scale = min(1.0, LONG_SIDE / max(shown_width, height))
-        out = self._scale.reformat(
-            frame,
-            width=max(1, round(shown_width * scale)),
-            height=max(1, round(height * scale)),
-            format="rgb0",
-            interpolation=Interpolation.BILINEAR,
-        )
+        try:
+            out = self._scale.reformat(
+                frame,
+                width=max(1, round(shown_width * scale)),
+                height=max(1, round(height * scale)),
+                format="rgb0",
+                interpolation=Interpolation.BILINEAR,
+            )
+        except (av.error.FFmpegError, OSError, ValueError) as error:
+            raise MediaError(
+                f"{self._info.path}: its {frame.format.name} pictures of {width}x{height} cannot "
+                f"be converted ({error}). Convert the clip with ffmpeg first."
+            ) from error
         plane = out.planes[0]
         image: NDArray[np.uint8] = np.ndarray(
             (out.height, out.width, 4),
