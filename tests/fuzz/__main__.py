@@ -11,21 +11,28 @@ from __future__ import annotations
 import argparse
 import os
 import resource
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+ALL = ("gguf", "manifest", "features", "rows", "journal", "media", "pickle")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    parser.add_argument("target", help="gguf, manifest, features, rows, journal, media or pickle")
+    parser.add_argument("target", help=f"{', '.join(ALL)} or all")
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--replay", action="store_true", help="only the seeds; needs no atheris")
     parser.add_argument("--corpus", type=Path, default=ROOT / "build" / "fuzz")
     parser.add_argument("--finds", type=Path, help="default: tests/fixtures/fuzz")
     wanted = parser.parse_args()
+    if wanted.target == "all":
+        rest = sys.argv[1:]
+        rest.remove("all")
+        command = [sys.executable, "-m", "tests.fuzz"]
+        sys.exit(max(subprocess.call([*command, name, *rest], cwd=ROOT) for name in ALL))
     for name in (".", "export", "kernels", "tests"):
         sys.path.insert(0, str(ROOT / name))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

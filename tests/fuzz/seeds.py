@@ -39,7 +39,7 @@ def words(target: str) -> list[bytes]:
         "pickle": [b"cnumpy\nndarray\n", b"cbuiltins\ngetattr\n", b"\x80\x04", b"R.", b"\x93"],
         "media": [b"moov", b"trak", b"stsd", b"RIFF", b"\x1aE\xdf\xa3", b"fLaC", b"OggS", b"ID3"],
     }
-    return common.get(target, [])
+    return common.get(target, [b"any"])
 
 
 def _gguf(folder: Path) -> Iterator[tuple[str, bytes]]:

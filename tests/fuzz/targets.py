@@ -7,6 +7,9 @@ death by signal, more than `SECONDS` or `MEGABYTES`) is a find.
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,7 +35,7 @@ from mse_runtime.sizing import positions
 
 __all__ = ["MEGABYTES", "SECONDS", "TARGETS", "Target"]
 
-SECONDS, MEGABYTES = 20, 1500
+SECONDS, MEGABYTES = 5, 1000
 _VOICE = FeatureInput("lld13/1", 13, 1000)
 _FACE = FeatureInput("face167/1", 167, 1000)
 
@@ -139,9 +142,24 @@ def _pickle(data: bytes, folder: Path) -> None:
     load_pickle(path)
 
 
-def _planted(data: bytes, _folder: Path) -> None:
-    if len(data) > 3:
-        raise ZeroDivisionError("planted: the fuzzer's own test")
+def _planted(kind: str) -> Target:
+    """A fault of every kind that must be found: the fuzzers' own test."""
+
+    def call(data: bytes, _folder: Path) -> None:
+        if len(data) <= 3:
+            return
+        if kind == "exception":
+            raise ZeroDivisionError("planted")
+        if kind == "time":
+            time.sleep(2 * SECONDS)
+        elif kind == "memory":
+            kept = b"x" * (2 * MEGABYTES << 20)
+            time.sleep(3)
+            del kept
+        else:
+            os.kill(os.getpid(), signal.SIGSEGV)
+
+    return Target(call)
 
 
 TARGETS = {
@@ -152,5 +170,5 @@ TARGETS = {
     "journal": Target(_journal, 1 << 12),
     "media": Target(_media),
     "pickle": Target(_pickle, 1 << 12),
-    "planted": Target(_planted),
+    **{f"planted-{kind}": _planted(kind) for kind in ("exception", "time", "memory", "signal")},
 }
