@@ -1,13 +1,15 @@
 """A small Hugging Face hub of the tests' own, over real HTTP on this machine.
 
 It speaks what a download needs: `/{org}/{repo}/resolve/{revision}/{file}` with commit, ETag and
-size headers, a redirect to a content server for large files (as the hub does), ranges, and the
-hub's error codes. Faults are switched on by its attributes.
+size headers, a redirect to a content server for large files (as the hub does), ranges, the list of
+a repository's files (`/api/models/...`), and the hub's error codes. Faults are switched on by its
+attributes.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import threading
 from dataclasses import dataclass, field
@@ -31,15 +33,17 @@ class Refusal:
 
 @dataclass
 class HubServer:
-    """Serves `repos[name]` (a folder) at revisions `main` and `COMMIT`.
+    """Serves `repos[name]` (a folder) at revisions `main` and `commit`.
 
     `cuts[file]` lists, request by request, after how many body bytes the connection breaks.
     After `stalls[file]` bytes nothing more comes and `stalled` is set.
     Files in `damaged` come with a wrong first byte, under their right ETag.
-    `refusals[name]` answers every request for a repository.
+    `refusals[name]` answers every request for a repository's files. As on the hub, anyone may ask
+    what a gated repository ("GatedRepo") holds.
     """
 
     repos: dict[str, Path]
+    commit: str = COMMIT
     cuts: dict[str, list[int]] = field(default_factory=dict)
     stalls: dict[str, int] = field(default_factory=dict)
     damaged: set[str] = field(default_factory=set)
@@ -94,7 +98,10 @@ class HubServer:
 
             def answer(self, body: bool) -> None:
                 hub.requests.append((self.command, self.path, self.headers.get("Range")))
-                found = re.fullmatch(r"/([^/]+/[^/]+)/(resolve|content)/([^/]+)/(.+)", self.path)
+                path = self.path.partition("?")[0]
+                if listed := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/([^/]+)", path):
+                    return self.list_files(*listed.groups())
+                found = re.fullmatch(r"/([^/]+/[^/]+)/(resolve|content)/([^/]+)/(.+)", path)
                 if not found:
                     return self.refuse(Refusal(404))
                 repo, kind, revision, name = found.groups()
@@ -102,15 +109,34 @@ class HubServer:
                     return self.refuse(hub.refusals[repo])
                 if repo not in hub.repos:
                     return self.refuse(Refusal(404, "RepoNotFound", "Repository not found"))
-                if revision not in ("main", COMMIT):
+                if revision not in ("main", hub.commit):
                     return self.refuse(Refusal(404, "RevisionNotFound", "Invalid rev id"))
-                path = hub.repos[repo] / name
-                if not path.is_file():
+                file = hub.repos[repo] / name
+                if not file.is_file():
                     return self.refuse(Refusal(404, "EntryNotFound", "Entry not found"))
-                data = path.read_bytes()
+                data = file.read_bytes()
                 if kind == "resolve" and name.endswith(LARGE):
                     return self.redirect(repo, name, data)
                 return self.send(name, data, body)
+
+            def list_files(self, repo: str, revision: str) -> None:
+                refusal = hub.refusals.get(repo)
+                if refusal is not None and refusal.code != "GatedRepo":
+                    return self.refuse(refusal)
+                if repo not in hub.repos:
+                    return self.refuse(Refusal(404, "RepoNotFound", "Repository not found"))
+                if revision not in ("main", hub.commit):
+                    return self.refuse(Refusal(404, "RevisionNotFound", "Invalid rev id"))
+                files = sorted(path for path in hub.repos[repo].iterdir() if path.is_file())
+                siblings = [{"rfilename": p.name, "size": p.stat().st_size} for p in files]
+                about = {"id": repo, "sha": hub.commit, "siblings": siblings, "tags": []}
+                data = json.dumps(about).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+                return None
 
             def refuse(self, refusal: Refusal) -> None:
                 self.send_response(refusal.status)
@@ -122,10 +148,10 @@ class HubServer:
 
             def redirect(self, repo: str, name: str, data: bytes) -> None:
                 self.send_response(302)
-                self.send_header("Location", f"{hub.url}/{repo}/content/{COMMIT}/{name}")
+                self.send_header("Location", f"{hub.url}/{repo}/content/{hub.commit}/{name}")
                 self.send_header("X-Linked-Etag", f'"{hashlib.sha256(data).hexdigest()}"')
                 self.send_header("X-Linked-Size", str(len(data)))
-                self.send_header("X-Repo-Commit", COMMIT)
+                self.send_header("X-Repo-Commit", hub.commit)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
 
@@ -137,7 +163,7 @@ class HubServer:
                     self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
                 self.send_header("Accept-Ranges", "bytes")
                 self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
-                self.send_header("X-Repo-Commit", COMMIT)
+                self.send_header("X-Repo-Commit", hub.commit)
                 self.send_header("Content-Length", str(len(data) - first))
                 self.end_headers()
                 if not body:

@@ -159,7 +159,7 @@ def test_usage_errors(gguf: Path, llama: Path, mosei: Path, tmp_path: Path) -> N
     fails(
         "needs --dataset", 2, "--backbone", gguf, "--init", "random", "--layout", "published", *out
     )
-    fails("there are mosei", 2, "--backbone", gguf, "--init", "random", "--dataset", "imdb", *out)
+    fails("there are cherma", 2, "--backbone", gguf, "--init", "random", "--dataset", "imdb", *out)
     fails("takes 74 audio", 4, "--backbone", gguf, "--adapter", mosei, "--dataset", "meld", *out)
     fails("not a GGUF", 2, "--backbone", gguf, "--synthetic", "--init", "random", *out)
     assert not [p for p in tmp_path.iterdir() if p.name.startswith("x")]
@@ -212,13 +212,11 @@ def test_names_offline_are_one_paragraph(name: str, tmp_path: Path) -> None:
 
 def test_cached_name_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A complete snapshot in the Hugging Face cache is used, offline."""
-    import huggingface_hub.constants
-
     entry = profiles.named_backbone("qwen2.5-0.5b")
     repo = tmp_path / f"models--{entry.repo.replace('/', '--')}"
     make_folder(repo / "snapshots" / entry.revision, "qwen2")
     (repo / "refs").mkdir()
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     from mse_export.resolve import resolve_backbone
 
     source = resolve_backbone("qwen2.5-0.5b", offline=True)
@@ -270,6 +268,8 @@ def test_disk_full_while_quantising(gguf: Path, tmp_path: Path) -> None:
     assert process.returncode == 5, errors
     assert "Traceback" not in errors
     assert not out.exists()
+    assert run(*arguments).exit_code == 0  # there is room now: it goes on
+    assert load_bundle(out).backbone.gguf.type == "Q8_0"
     assert not out.with_name("out.partial").exists()
 
 

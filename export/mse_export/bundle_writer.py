@@ -32,7 +32,7 @@ from mse_runtime.bundle import (
 from mse_runtime.bundle.files import file_sha256
 from mse_runtime.errors import BundleError, DeviceError, UsageError
 
-__all__ = ["BackboneFile", "Parts", "WorkFolder", "write_bundle"]
+__all__ = ["BackboneFile", "Parts", "WorkFolder", "check_target", "write_bundle"]
 
 MANIFEST = "manifest.json"
 
@@ -67,6 +67,19 @@ class Parts:
     parity: Mapping[str, Any] = field(default_factory=dict)
 
 
+def check_target(target: Path, *, force: bool) -> None:
+    """UsageError where a bundle cannot be put at `target`; nothing is made."""
+    if target.exists() and not force:
+        raise UsageError(
+            f"{target} exists already. Choose another folder with -o, or replace it with --force."
+        )
+    if target.exists() and not (target / MANIFEST).is_file():
+        raise UsageError(
+            f"{target} is not a bundle (no {MANIFEST}), so --force does not replace it. Choose "
+            "another folder with -o."
+        )
+
+
 class WorkFolder:
     """`with WorkFolder(target) as work:` ... `work.commit()` renames it to the target."""
 
@@ -77,16 +90,7 @@ class WorkFolder:
         self._done = False
 
     def __enter__(self) -> WorkFolder:
-        if self.target.exists() and not self.force:
-            raise UsageError(
-                f"{self.target} exists already. Choose another folder with -o, or replace it with "
-                "--force."
-            )
-        if self.target.exists() and not (self.target / MANIFEST).is_file():
-            raise UsageError(
-                f"{self.target} is not a bundle (no {MANIFEST}), so --force does not replace it. "
-                "Choose another folder with -o."
-            )
+        check_target(self.target, force=self.force)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -60,7 +60,12 @@ class GgufTensor:
         return self.size + -self.size % ALIGNMENT
 
 
-def check_free_space(folder: Path, needed: int, what: str) -> None:
+def check_free_space(
+    folder: Path,
+    needed: int,
+    what: str,
+    advice: str = "Free some space, choose a smaller --quant, or another disk with -o.",
+) -> None:
     """`DeviceError` where fewer than `needed` bytes (and 64 MiB) are free for `folder`."""
     existing = folder
     while not existing.exists():
@@ -69,7 +74,7 @@ def check_free_space(folder: Path, needed: int, what: str) -> None:
     if free < needed + (64 << 20):
         raise DeviceError(
             f"{what} needs {needed / 1e9:.2f} GB in {folder}, and only {free / 1e9:.2f} GB are "
-            "free there. Free some space, choose a smaller --quant, or another disk with -o."
+            f"free there. {advice}"
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from mse_runtime.errors import BackboneError
 
-__all__ = ["HfFolder", "StoredTensor", "read_config"]
+__all__ = ["HfFolder", "StoredTensor", "missing_shards", "read_config"]
 
 _DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
 
@@ -60,6 +61,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise BackboneError(f"{path} is not a JSON object. Download it again.")
     return config
+
+
+def missing_shards(files: list[Path]) -> list[str]:
+    """Names of shards that must exist beside `files`, by the numbers in their names."""
+    there = {path.name for path in files}
+    wanted = set()
+    for name in there:
+        if found := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})(\.\w+)", name):
+            stem, count, suffix = found.groups()
+            wanted |= {f"{stem}-{i:05d}-of-{count}{suffix}" for i in range(1, int(count) + 1)}
+    return sorted(wanted - there)
 
 
 class HfFolder:

@@ -20,7 +20,7 @@ from typing import Any
 from mse_runtime.bundle.schema import MANIFEST, DamagedFileError, FileRef, HubRef, MissingFileError
 from mse_runtime.errors import BundleError
 
-__all__ = ["HubError", "builtin_bundles", "fetch_gguf", "resolve_bundle"]
+__all__ = ["HubError", "builtin_bundles", "cache_folder", "fetch_gguf", "resolve_bundle"]
 
 BUILTIN = Path(__file__).resolve().parent.parent / "data" / "bundles"
 REPO_NAME = re.compile(
@@ -119,7 +119,7 @@ class _Repository:
         self.revision = revision
         self.forbidden = offline or _switched_on("HF_HUB_OFFLINE")
         self.endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-        self.cache = _cache_folder()
+        self.cache = cache_folder()
 
     def fetch(self, name: str) -> Path:
         """One file. A broken connection is resumed a few times, then in the next run."""
@@ -258,7 +258,7 @@ def _is_broken_stream(error: OSError) -> bool:
     return isinstance(error, broken)
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     """The hub's cache, looked up now: the client itself reads the environment at its import."""
     if cache := os.environ.get("HF_HUB_CACHE"):
         return Path(cache).expanduser()

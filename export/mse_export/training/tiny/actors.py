@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,9 @@ from mse_export.training.tiny.voice import RATE, Speaker, random_speaker, speak
 from mse_export.training.tiny.world import Media
 
 __all__ = ["Actor", "Clip", "make_actor", "perform", "write_mp4"]
+
+#: Paints a frame: action units, pose, randomness -> uint8 [size, size, 3].
+Painter = Callable[[Mapping[int, float], Pose, np.random.Generator], NDArray[np.uint8]]
 
 #: How an emotion tends to carry the head: pitch (down), yaw, roll, gaze x and y, per intensity.
 _BEARING = {
@@ -84,8 +87,10 @@ def perform(
     return Clip(actor, media, audio[: int(limit * RATE)], seed)
 
 
-def frames(clip: Clip, fps: float, size: int) -> Iterator[tuple[float, NDArray[np.uint8]]]:
-    """The clip's pictures, (time, uint8 [size, size, 3]), at `fps`."""
+def frames(
+    clip: Clip, fps: float, size: int, painter: Painter | None = None
+) -> Iterator[tuple[float, NDArray[np.uint8]]]:
+    """The clip's pictures, (time, uint8 [size, size, 3]); drawn, or as `painter` paints them."""
     rng = np.random.default_rng([clip.seed, 2])
     actor, media = clip.actor, clip.media
     expression, bearing = EXPRESSIONS[media.face], _BEARING[media.face]
@@ -123,7 +128,10 @@ def frames(clip: Clip, fps: float, size: int) -> Iterator[tuple[float, NDArray[n
             y=place[1],
             gaze=(bearing[3] * now, bearing[4] * now),
         )
-        yield time, draw(deform(actor.shape, units), actor.look, pose, size, rng)
+        if painter is not None:
+            yield time, painter(units, pose, rng)
+        else:
+            yield time, draw(deform(actor.shape, units), actor.look, pose, size, rng)
 
 
 def _loudness(audio: NDArray[np.int16], fps: float) -> NDArray[np.float64]:
@@ -136,7 +144,15 @@ def _loudness(audio: NDArray[np.int16], fps: float) -> NDArray[np.float64]:
     return np.asarray(np.clip(power / (np.quantile(power, 0.9) + 1e-6), 0, 1))
 
 
-def write_mp4(path: Path, clip: Clip, *, fps: int = 15, size: int = 320, crf: int = 28) -> None:
+def write_mp4(
+    path: Path,
+    clip: Clip,
+    *,
+    fps: int = 15,
+    size: int = 320,
+    crf: int = 28,
+    painter: Painter | None = None,
+) -> None:
     """The clip as H.264 and AAC."""
     import av
 
@@ -149,7 +165,7 @@ def write_mp4(path: Path, clip: Clip, *, fps: int = 15, size: int = 320, crf: in
         audio = container.add_stream("aac", rate=RATE)
         audio.layout = "mono"
         audio.bit_rate = 48000
-        for _, pixels in frames(clip, fps, size):
+        for _, pixels in frames(clip, fps, size, painter):
             picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             container.mux(video.encode(picture))
         container.mux(video.encode())

@@ -32,7 +32,7 @@ from mse_export.training.tiny.readout import expected, read_emotions, read_numbe
 from mse_export.training.tiny.schedule import AdapterSchedule
 from mse_export.training.tiny.world import fused_emotion, fused_sentiment
 
-__all__ = ["fit", "validate"]
+__all__ = ["Encoders", "fit", "validate", "warmed_up"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -109,19 +109,25 @@ class _Teacher(nn.Module):
         )
 
 
-def _warm_up(
-    teacher: _Teacher,
-    training: Sequence[Item],
-    schedule: AdapterSchedule,
-    rng: random.Random,
-    noise: np.random.Generator,
-) -> None:
+#: Weights of the teacher and the two encoders.
+Encoders = list[dict[str, Tensor]]
+
+
+def _warm_parts(teacher: _Teacher) -> list[nn.Module]:
     adapter = teacher.adapter[0]
-    weights = [
-        *teacher.parameters(),
-        *adapter.audio_LSTM.parameters(),
-        *adapter.video_LSTM.parameters(),
-    ]
+    return [teacher, adapter.audio_LSTM, adapter.video_LSTM]
+
+
+def _widths(training: Sequence[Item]) -> tuple[int, int]:
+    return training[0].audio.shape[1], training[0].face.shape[1]
+
+
+def warmed_up(model: TinyLlama, training: Sequence[Item], schedule: AdapterSchedule) -> Encoders:
+    """Encoders that have learned what the actors show, before the first prompt."""
+    rng, noise = random.Random(schedule.seed), np.random.default_rng(schedule.seed)
+    teacher = _Teacher(_new_adapter(model, schedule, _widths(training)))
+    parts = _warm_parts(teacher)
+    weights = [p for part in parts for p in part.parameters()]
     optimiser = torch.optim.AdamW(weights, lr=3e-3, weight_decay=0.05)
     total = 0.0
     for step in range(schedule.warm_up):
@@ -136,6 +142,7 @@ def _warm_up(
         if (step + 1) % 100 == 0:
             _LOG.info("encoders step %d: loss %.3f", step + 1, total / 100)
             total = 0.0
+    return [{k: v.clone() for k, v in part.state_dict().items()} for part in parts]
 
 
 def fit(
@@ -147,16 +154,21 @@ def fit(
     schedule: AdapterSchedule,
     *,
     every: int = 100,
+    encoders: Encoders | None = None,
 ) -> tuple[Adapter, dict[str, float]]:
     """Fit an adapter, keep the best of its validations; returns it and that validation.
 
-    `fresh` are short sentences of the grammar that clips' media are paired with.
+    `fresh` are short sentences of the grammar that clips' media are paired with. Without
+    `validation` the last state is returned. `encoders` of `warmed_up` spare the warm-up.
     """
     rng, noise = random.Random(schedule.seed), np.random.default_rng(schedule.seed)
-    adapter = _new_adapter(model, schedule, (training[0].audio.shape[1], training[0].face.shape[1]))
+    if encoders is None:
+        encoders = warmed_up(model, training, schedule)
+    adapter = _new_adapter(model, schedule, _widths(training))
     prompter = Prompter(model, adapter, processor, schedule.layout, schedule.mixer)
     teacher = _Teacher(adapter)
-    _warm_up(teacher, training, schedule, rng, noise)
+    for part, state in zip(_warm_parts(teacher), encoders, strict=True):
+        part.load_state_dict(state)
     trainable = [p for p in adapter.parameters() if p.requires_grad]
     trainable += list(teacher.parameters())
     optimiser = torch.optim.AdamW(trainable, lr=schedule.rate, weight_decay=0.01)
@@ -215,7 +227,7 @@ def fit(
         optimiser.step()
         total += float(loss.detach())
         done = step + 1
-        if done % every == 0 or done == schedule.steps:
+        if validation and (done % every == 0 or done == schedule.steps):
             found = validate(model, adapter, processor, validation, schedule)
             _LOG.info(
                 "adapter step %d of %d: loss %.3f, %s, %.0f s",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +16,8 @@ from mse_export.training.tiny.model import TinyLlama
 from mse_export.training.tiny.prompter import Item, Prompter
 from mse_export.training.tiny.readout import read_emotions, read_numbers
 from mse_export.training.tiny.schedule import AdapterSchedule
+from mse_export.training.tiny.workspace import Run
 from mse_export.training.tiny.world import fused_emotion, fused_sentiment
-
-if TYPE_CHECKING:
-    from mse_export.training.tiny.pipeline import Run
 
 __all__ = ["finish_bundle", "fit_temperatures"]
 

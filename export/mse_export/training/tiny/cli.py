@@ -8,6 +8,9 @@ from pathlib import Path
 
 import click
 
+from mse_export.training.tiny.pipeline import STAGES, execute
+from mse_export.training.tiny.workspace import SCALES, Run
+
 __all__ = ["tiny"]
 
 
@@ -29,26 +32,14 @@ __all__ = ["tiny"]
 )
 @click.option(
     "--scale",
-    type=click.Choice(["full", "small"]),
+    type=click.Choice(list(SCALES)),
     default="full",
     show_default=True,
     help="`small` goes through every stage in under a minute and learns nothing.",
 )
 @click.option(
     "--until",
-    type=click.Choice(
-        [
-            "vocabulary",
-            "text",
-            "slots",
-            "clips",
-            "adapter",
-            "bundle",
-            "evaluate",
-            "card",
-            "ablate",
-        ]
-    ),
+    type=click.Choice(list(STAGES)),
     default="card",
     show_default=True,
     help="Stop after this stage; `ablate` takes as long as the rest again.",
@@ -93,17 +84,7 @@ def tiny(
       mse-train tiny -o tiny-bundle --threads 2
       mse-train tiny --scale small -o /tmp/bundle --work /tmp/work
     """
-    from mse_export.training.tiny.pipeline import FULL, SMALL, Run
-
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    run = Run(
-        work=work,
-        out=out,
-        scale=SMALL if scale == "small" else FULL,
-        threads=threads,
-        workers=workers,
-        text_data=meld,
-        real_clips=real_clips,
-    )
-    run.execute(until=until)
+    run = Run(work, out, SCALES[scale], text_data=meld, real_clips=real_clips)
+    execute(run, until=until, threads=threads, workers=workers)
     click.echo(str(out))

@@ -10,7 +10,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mse_export.training.tiny.actors import Clip, frames, make_actor, perform, write_mp4
+from mse_export.training.tiny.actors import Clip, Painter, frames, make_actor, perform, write_mp4
 from mse_export.training.tiny.grammar import clip_sentence
 from mse_export.training.tiny.voice import HELD_OUT_VOICES, TRAINING_VOICES
 from mse_export.training.tiny.world import Media, draw_media, fused_emotion, fused_sentiment
@@ -166,17 +166,22 @@ def render_all(specs: Sequence[ClipSpec], folder: Path, split: str, *, workers: 
             _LOG.info("%s: %d of %d clips, %.0f s", split, done, total, time.monotonic() - began)
 
 
-def write_all(specs: Sequence[ClipSpec], folder: Path) -> None:
-    """Write clips as .mp4 files, those that are not there yet."""
+def write_all(
+    specs: Sequence[ClipSpec],
+    folder: Path,
+    painter: Callable[[int], Painter] | None = None,
+) -> None:
+    """Write clips as .mp4 files, those that are not there yet; `painter` paints an identity."""
     folder.mkdir(parents=True, exist_ok=True)
     for k, spec in enumerate(specs):
         path = folder / f"{spec.name}.mp4"
         if not path.exists():
             partial = folder / f".{spec.name}.{os.getpid()}.mp4"
-            write_mp4(partial, act(spec), fps=10, size=320)
+            who = painter(spec.identity) if painter is not None else None
+            write_mp4(partial, act(spec), fps=10, size=320, painter=who)
             partial.replace(path)
         if k % 60 == 59:
-            _LOG.info("test: %d of %d clips", k + 1, len(specs))
+            _LOG.info("%s: %d of %d clips", folder.name, k + 1, len(specs))
 
 
 def load(specs: Sequence[ClipSpec], folder: Path, split: str) -> list[Rendered]:

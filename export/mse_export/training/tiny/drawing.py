@@ -23,7 +23,7 @@ from mse_export.training.tiny.head import (
     topology,
 )
 
-__all__ = ["Look", "Pose", "draw", "random_look"]
+__all__ = ["Look", "Pose", "draw", "random_look", "rotation"]
 
 _SKIN = np.array(
     [[236, 200, 176], [224, 178, 148], [205, 152, 118], [176, 122, 88], [134, 88, 62], [96, 62, 46]]
@@ -90,7 +90,8 @@ def random_look(rng: np.random.Generator) -> Look:
     )
 
 
-def _rotation(pose: Pose) -> Floats:
+def rotation(pose: Pose) -> Floats:
+    """Rotation matrix [3, 3] of a pose."""
     (cx, cy, cz), (sx, sy, sz) = (
         np.cos([pose.pitch, pose.yaw, pose.roll]),
         np.sin([pose.pitch, pose.yaw, pose.roll]),
@@ -168,7 +169,7 @@ def draw(
 ) -> NDArray[np.uint8]:
     """One frame, uint8 [size, size, 3], of a shape [468, 3] in the face frame."""
     big, unit = size * _SUPER, pose.scale * _SUPER
-    turned = shape @ _rotation(pose).T
+    turned = shape @ rotation(pose).T
     depth = 1 / (1 + turned[:, 2] * 0.12)
     centre = np.array([pose.x, pose.y]) * big
     flat = turned[:, :2] * depth[:, None] * unit + centre

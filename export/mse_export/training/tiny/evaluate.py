@@ -1,7 +1,7 @@
 """What the finished bundle does: on new people, voices and sentences, through the real runtime.
 
 Every test clip is written to an .mp4 and read by `Analyzer` like any user's clip. The controls
-use the same features with a modality taken away or another person's put in its place.
+use the same features with a modality taken away, made average, or another person's instead.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,24 +17,32 @@ import numpy as np
 from mse_export.training.tiny import clips as rendering
 from mse_export.training.tiny.figures import Answers, contradicted, describe
 from mse_export.training.tiny.lexicon import EMOTIONS
+from mse_export.training.tiny.workspace import Run
 from mse_export.training.tiny.world import is_sarcasm
 
 if TYPE_CHECKING:
-    from mse_export.training.tiny.pipeline import Run
     from mse_runtime.analyzer import Analyzer
-    from mse_runtime.features.spec import Features
+    from mse_runtime.features.spec import Features, FeatureTrack
 
 __all__ = ["CONDITIONS", "evaluate"]
 
 _LOG = logging.getLogger(__name__)
-CONDITIONS = ("all", "text only", "text + voice", "text + face", "shuffled media")
+#: Row of the card -> what is taken away from the whole clip.
+CONDITIONS: dict[str, dict[str, Any]] = {
+    "all": {},
+    "text only (both media missing)": {"audio": None, "face": None},
+    "text + voice": {"face": None},
+    "text + face": {"audio": None},
+}
+AVERAGE, SHUFFLED, SPEECHLESS = "text + average media", "shuffled media", 'media only (text "...")'
 
 
-def _features(run: Run, analyzer: Analyzer, specs: Sequence[rendering.ClipSpec]) -> list[Features]:
-    """Render the clips to .mp4 where they are not, and read them back with the runtime."""
+def _features(
+    analyzer: Analyzer, specs: Sequence[rendering.ClipSpec], folder: Path
+) -> list[Features]:
+    """Read the clips' files as the runtime does."""
     from mse_runtime.features.extract import extract
 
-    folder = run.work / "test"
     inputs = analyzer.bundle.features
     out = []
     for k, spec in enumerate(specs):
@@ -42,20 +51,25 @@ def _features(run: Run, analyzer: Analyzer, specs: Sequence[rendering.ClipSpec])
             extract(path, audio_spec=inputs.audio.spec, face_spec=inputs.face.spec, threads=1)
         )
         if k % 50 == 49:
-            _LOG.info("test clips: %d of %d", k + 1, len(specs))
+            _LOG.info("%s: %d of %d clips read", folder.name, k + 1, len(specs))
     return out
 
 
 def _answers(
-    analyzer: Analyzer, specs: Sequence[rendering.ClipSpec], features: Sequence[Features]
+    analyzer: Analyzer,
+    specs: Sequence[rendering.ClipSpec],
+    features: Sequence[Features],
+    *,
+    speechless: bool = False,
 ) -> Answers:
     values, emotions = [], []
     for spec, found in zip(specs, features, strict=True):
-        values.append(analyzer.analyze_features(found, spec.text, task="sentiment").value or 0.0)
+        text = "..." if speechless else spec.text
+        values.append(analyzer.analyze_features(found, text, task="sentiment").value or 0.0)
         if spec.emotion is None:
             emotions.append(-1)
         else:
-            label = analyzer.analyze_features(found, spec.text, task="emotion").label
+            label = analyzer.analyze_features(found, text, task="emotion").label
             emotions.append(EMOTIONS.index(label))
     return Answers(
         value=np.array(values),
@@ -67,17 +81,60 @@ def _answers(
     )
 
 
-def _shown(condition: str, features: Sequence[Features], each: int) -> list[Features]:
-    """The features a condition lets the model have."""
-    if condition == "shuffled media":
-        return [*features[each * 3 + 1 :], *features[: each * 3 + 1]]
-    cut: dict[str, dict[str, Any]] = {
-        "all": {},
-        "text only": {"audio": None, "face": None},
-        "text + voice": {"face": None},
-        "text + face": {"audio": None},
+def _average(analyzer: Analyzer, found: Features) -> Features:
+    """The same with every valid row replaced by the training clips' mean."""
+    inputs = analyzer.bundle.features
+
+    def flat(track: FeatureTrack | None, mean: Sequence[float] | None) -> FeatureTrack | None:
+        if track is None or mean is None:
+            return None
+        rows = np.where(track.valid[:, None], np.asarray(mean, np.float32), 0.0)
+        return dataclasses.replace(track, values=rows.astype(np.float32))
+
+    return dataclasses.replace(
+        found, audio=flat(found.audio, inputs.audio.mean), face=flat(found.face, inputs.face.mean)
+    )
+
+
+def _table(
+    analyzer: Analyzer,
+    specs: Sequence[rendering.ClipSpec],
+    features: Sequence[Features],
+    each: int,
+    *,
+    controls: bool,
+) -> tuple[dict[str, Any], Answers]:
+    """Figures by condition, and the answers to whole clips; `each` clips stand side by side."""
+    shift = each * 3 + 1
+    shown = {
+        name: [dataclasses.replace(f, **cut) for f in features] for name, cut in CONDITIONS.items()
     }
-    return [dataclasses.replace(f, **cut[condition]) for f in features]
+    if controls:
+        shown[AVERAGE] = [_average(analyzer, f) for f in features]
+        shown[SHUFFLED] = [*features[shift:], *features[:shift]]
+        shown[SPEECHLESS] = list(features)
+    answers = {
+        name: _answers(analyzer, specs, given, speechless=name == SPEECHLESS)
+        for name, given in shown.items()
+    }
+    table = {name: describe(found) for name, found in answers.items()}
+    for name, row in table.items():
+        _LOG.info("%s: %s", name, row)
+    return table, answers["all"]
+
+
+def _about(specs: Sequence[rendering.ClipSpec], whole: Answers) -> dict[str, Any]:
+    """What the clips of a test set are."""
+    labels = whole.emotion_truth[whole.emotion_truth >= 0]
+    return {
+        "clips": len(specs),
+        "identities": len({s.identity for s in specs}),
+        "contradicted": int(contradicted(whole).sum()),
+        "sarcastic": sum(is_sarcasm(s.text_valence, s.media) for s in specs),
+        "emotion_clips": len(labels),
+        "emotion_majority": round(float(np.bincount(labels).max() / max(len(labels), 1)), 4),
+        "words_r": round(float(np.corrcoef(whole.words, whole.truth)[0, 1]), 4),
+    }
 
 
 def evaluate(run: Run) -> dict[str, Any]:
@@ -87,38 +144,24 @@ def evaluate(run: Run) -> dict[str, Any]:
     from mse_export.training.tiny.language_check import validate_text
     from mse_runtime.analyzer import Analyzer
 
-    specs, training = run.specs("test"), run.material()["training"]
+    training = run.material()["training"]
     with Analyzer.open(run.out, threads=1) as analyzer:
-        features = _features(run, analyzer, specs)
-        table: dict[str, Any] = {}
-        full = None
-        for condition in CONDITIONS:
-            shown = _shown(condition, features, run.scale.test[1])
-            found = _answers(analyzer, specs, shown)
-            table[condition] = describe(found)
-            _LOG.info("%s: %s", condition, table[condition])
-            full = full or found
-        whole = full if full is not None else _answers(analyzer, specs, features)
-        sarcastic = np.array([is_sarcasm(s.text_valence, s.media) for s in specs])
-        labels = whole.emotion_truth[whole.emotion_truth >= 0]
         report: dict[str, Any] = {
             "command": "mse-train tiny",
             "parameters": round(_parameters(run) / 1e6, 2),
             "adapter_parameters": round(analyzer.bundle.adapter.parameters / 1e6, 2),
-            "clips": len(specs),
-            "identities": run.scale.test[0],
+            "vocabulary": run.scale.model.vocab,
             "training_clips": len(training),
             "training_identities": len({item.identity for item in training}),
-            "contradicted": int(contradicted(whole).sum()),
-            "sarcastic": int(sarcastic.sum()),
-            "emotion_clips": len(labels),
-            "emotion_majority": round(float(np.bincount(labels).max() / max(len(labels), 1)), 4),
-            "words_r": round(float(np.corrcoef(whole.words, whole.truth)[0, 1]), 4),
-            "conditions": table,
-            "language": validate_text(load_model(run.work / "slots.pt"), run.processor()),
-            "meld": meld(analyzer, run.text_data) if run.text_data else None,
-            "real": real_clips(analyzer, run.real_clips) if run.real_clips else None,
         }
+        for split, each in (("test", run.scale.test[1]), ("portrait", run.scale.portrait[1])):
+            specs = run.specs(split)
+            features = _features(analyzer, specs, run.work / split)
+            table, whole = _table(analyzer, specs, features, each, controls=split == "test")
+            report[split] = {**_about(specs, whole), "conditions": table}
+        report["language"] = validate_text(load_model(run.work / "slots.pt"), run.processor())
+        report["meld"] = meld(analyzer, run.text_data) if run.text_data else None
+        report["real"] = real_clips(analyzer, run.real_clips) if run.real_clips else None
     return report
 
 

@@ -12,7 +12,6 @@ import logging
 import math
 import random
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +26,11 @@ from mse_export.training.tiny.language_batch import Step, prepare
 from mse_export.training.tiny.language_check import validate_text
 from mse_export.training.tiny.layout import Answers, Layout, Pieces
 from mse_export.training.tiny.model import TinyConfig, TinyLlama
+from mse_export.training.tiny.schedule import Schedule
 
-__all__ = ["Schedule", "train_stage"]
+__all__ = ["train_stage"]
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """One stage of training."""
-
-    steps: int
-    rate: float
-    batch: int = 128
-    word_steps: int = 0
-    """Opening steps on single words."""
-    slots: bool = False
-    """Whether pseudo tokens' places are there and hold evidence."""
-    emotion_share: float = 0.25
-    sentences: int = 200_000
-    seed: int = 0
-    save_every: int = 200
 
 
 def train_stage(

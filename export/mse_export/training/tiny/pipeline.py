@@ -14,262 +14,165 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from mse_export.training.tiny.clips import ClipSpec, plan
-from mse_export.training.tiny.language import Schedule
-from mse_export.training.tiny.model import TinyConfig
-from mse_export.training.tiny.schedule import AdapterSchedule
+from mse_export.training.tiny.workspace import SCALES, Run
 from mse_runtime.errors import MSEError
 
-__all__ = ["FULL", "SMALL", "STAGES", "Run", "Scale"]
+__all__ = ["STAGES", "execute"]
 
 _LOG = logging.getLogger(__name__)
-STAGES = (
-    "vocabulary",
-    "text",
-    "slots",
-    "clips",
-    "adapter",
-    "bundle",
-    "evaluate",
-    "card",
-    "ablate",
-)
+#: Stages that need no clip.
+_WORDS = ("vocabulary", "text", "slots")
 
 
-@dataclass(frozen=True)
-class Scale:
-    """How much of everything."""
+def execute(run: Run, *, until: str = "card", threads: int = 1, workers: int = 1) -> None:
+    """Run every stage in order, up to and with `until`; `ablate` is run on request only.
 
-    model: TinyConfig
-    vocabulary_sentences: int
-    text: Schedule
-    slots: Schedule
-    training: tuple[int, int]
-    """Identities, and clips of each."""
-    validation: tuple[int, int]
-    test: tuple[int, int]
-    adapter: AdapterSchedule
-    fresh: int
-    """Sentences that clips' media are paired with."""
-    trained: bool
-    """Whether the result means anything."""
+    `threads` train; `workers` processes draw clips meanwhile.
+    """
+    import torch
 
-
-FULL = Scale(
-    model=TinyConfig(vocab=6144),
-    vocabulary_sentences=100_000,
-    text=Schedule(steps=3200, rate=1.5e-3, word_steps=150, sentences=250_000, seed=11),
-    slots=Schedule(
-        steps=1000, rate=1e-3, slots=True, sentences=200_000, emotion_share=0.35, seed=12
-    ),
-    training=(750, 2),
-    validation=(80, 3),
-    test=(120, 3),
-    adapter=AdapterSchedule(),
-    fresh=20_000,
-    trained=True,
-)
-SMALL = Scale(
-    model=TinyConfig(vocab=1024, width=64, layers=2, heads=2, feed_forward=128),
-    vocabulary_sentences=3_000,
-    text=Schedule(steps=20, rate=1.5e-3, batch=32, word_steps=4, sentences=800, save_every=10),
-    slots=Schedule(steps=10, rate=1e-3, batch=32, slots=True, sentences=400, save_every=10),
-    training=(3, 2),
-    validation=(2, 2),
-    test=(2, 2),
-    adapter=AdapterSchedule(steps=10, batch=8, warm_up=10),
-    fresh=200,
-    trained=False,
-)
+    torch.set_num_threads(threads)
+    run.work.mkdir(parents=True, exist_ok=True)
+    with _drawing(run, 0 if until in _WORDS else workers) as drawer:
+        for name, stage in STAGES.items():
+            _LOG.info("stage %s", name)
+            start = time.monotonic()
+            if name == "clips" and drawer is not None and drawer.wait():
+                raise MSEError(
+                    "drawing the clips failed (see above): the same command goes on from there."
+                )
+            stage(run)
+            _note(run, name, time.monotonic() - start)
+            if name == until:
+                break
 
 
-@dataclass
-class Run:
-    """One run in a working folder."""
+def _note(run: Run, name: str, seconds: float) -> None:
+    """Add a stage's wall clock to `times.json`; a stage passed over changes nothing."""
+    path = run.work / "times.json"
+    times = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if seconds > times.get(name, 0.0):
+        times[name] = round(seconds, 1)
+        path.write_text(json.dumps(times, indent=1) + "\n", encoding="utf-8")
 
-    work: Path
-    out: Path
-    scale: Scale
-    threads: int = 1
-    workers: int = 1
-    text_data: Path | None = None
-    """Folder with `dev_sent_emo.csv` and `test_sent_emo.csv` (MELD), where one has it."""
-    real_clips: Path | None = None
-    """Folder of clips of real people to report on, where one has it."""
-    _drawer: subprocess.Popen[bytes] | None = None
 
-    def stages(self) -> dict[str, Callable[[], None]]:
-        """Every stage by name, in order."""
-        return {name: getattr(self, f"_{name}") for name in STAGES}
+@contextlib.contextmanager
+def _drawing(run: Run, workers: int) -> Iterator[subprocess.Popen[bytes] | None]:
+    """A process of its own that draws and speaks every clip meanwhile; none without workers."""
+    if not workers:
+        yield None
+        return
+    name = next(name for name, scale in SCALES.items() if scale is run.scale)
+    module = "mse_export.training.tiny.draw_clips"
+    command = [sys.executable, "-m", module, str(run.work), name, str(workers)]
+    # Away from the terminal's Ctrl-C: this process ends it.
+    drawer = subprocess.Popen(command, start_new_session=True, stdout=sys.stderr)
+    try:
+        yield drawer
+    finally:
+        if drawer.poll() is None:
+            drawer.terminate()
+            drawer.wait()
 
-    def execute(self, *, until: str = "card") -> None:
-        """Run every stage in order, up to and with `until`; `ablate` is run on request only."""
-        import torch
 
-        torch.set_num_threads(self.threads)
-        self.work.mkdir(parents=True, exist_ok=True)
-        began = time.monotonic()
-        with self._drawing(until):
-            for name, stage in self.stages().items():
-                _LOG.info("stage %s", name)
-                start = time.monotonic()
-                stage()
-                self._note(name, time.monotonic() - start)
-                if name == until:
-                    break
-        self._note("in all", time.monotonic() - began)
+def _clips(run: Run) -> None:
+    """Nothing to do: the drawing process has been waited for."""
 
-    def _note(self, name: str, seconds: float) -> None:
-        """Add a stage's wall clock to `times.json`; a stage passed over changes nothing."""
-        path = self.work / "times.json"
-        times = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if seconds > times.get(name, 0.0):
-            times[name] = round(seconds, 1)
-            path.write_text(json.dumps(times, indent=1) + "\n", encoding="utf-8")
 
-    @contextlib.contextmanager
-    def _drawing(self, until: str) -> Iterator[None]:
-        """A process of its own that draws and speaks every clip meanwhile."""
-        if until in ("vocabulary", "text", "slots"):
-            yield
-            return
-        name = "full" if self.scale is FULL else "small"
-        module = "mse_export.training.tiny.draw_clips"
-        command = [sys.executable, "-m", module, str(self.work), name, str(self.workers)]
-        # Away from the terminal's Ctrl-C: this process ends it, between two shards.
-        self._drawer = subprocess.Popen(command, start_new_session=True, stdout=sys.stderr)
-        try:
-            yield
-        finally:
-            if self._drawer.poll() is None:
-                self._drawer.terminate()
-                self._drawer.wait()
+def _vocabulary(run: Run) -> None:
+    from mse_export.training.tiny import tokeniser
 
-    # Language model.
-
-    def processor(self) -> Any:
-        """The vocabulary."""
-        from mse_export.training.tiny import tokeniser
-
-        return tokeniser.load(self.work / "vocabulary.model")
-
-    def _vocabulary(self) -> None:
-        from mse_export.training.tiny import tokeniser
-
-        path = self.work / "vocabulary.model"
-        if not path.exists():
-            tokeniser.train(
-                path,
-                size=self.scale.model.vocab,
-                sentences=self.scale.vocabulary_sentences,
-            )
-
-    def _text(self) -> None:
-        from mse_export.training.tiny.language import train_stage
-
-        train_stage(self.work / "text.pt", self.processor(), self.scale.text, self.scale.model)
-
-    def _slots(self) -> None:
-        from mse_export.training.tiny.language import train_stage
-
-        train_stage(
-            self.work / "slots.pt",
-            self.processor(),
-            self.scale.slots,
-            self.scale.model,
-            start=self.work / "text.pt",
+    path = run.work / "vocabulary.model"
+    if not path.exists():
+        tokeniser.train(
+            path,
+            size=run.scale.model.vocab,
+            sentences=run.scale.vocabulary_sentences,
         )
 
-    # Clips.
 
-    def specs(self, split: str) -> list[ClipSpec]:
-        """The clips of a split; identities, voices (in the test) and sentences are apart."""
-        training = plan("train", *self.scale.training, seed=1)
-        if split == "train":
-            return training
-        said = frozenset(c.text for c in training)
-        validation = plan("valid", *self.scale.validation, seed=2, avoid=said)
-        if split == "valid":
-            return validation
-        said |= {c.text for c in validation}
-        return plan("test", *self.scale.test, seed=3, held_out=True, avoid=said)
+def _text(run: Run) -> None:
+    from mse_export.training.tiny.language import train_stage
 
-    def _clips(self) -> None:
-        if self._drawer is not None and self._drawer.wait():
-            raise MSEError(
-                "drawing the clips failed (see above): the same command goes on from there."
-            )
+    train_stage(run.work / "text.pt", run.processor(), run.scale.text, run.scale.model)
 
-    # Adapter.
 
-    def material(self) -> dict[str, Any]:
-        """What fitting an adapter needs: items of both splits, statistics, fresh sentences."""
-        from mse_export.training.tiny.checkpoint import load_model
-        from mse_export.training.tiny.clips import load
-        from mse_export.training.tiny.corpus import clip_examples
-        from mse_export.training.tiny.prompter import items, statistics
+def _slots(run: Run) -> None:
+    from mse_export.training.tiny.language import train_stage
 
-        processor = self.processor()
-        training = load(self.specs("train"), self.work / "clips", "train")
-        validation = load(self.specs("valid"), self.work / "clips", "valid")
-        stats = statistics(training)
-        return {
-            "model": load_model(self.work / "slots.pt"),
-            "processor": processor,
-            "training": items(training, processor, stats),
-            "validation": items(validation, processor, stats),
-            "statistics": stats,
-            "fresh": clip_examples(processor, self.scale.fresh, 4),
-        }
+    train_stage(
+        run.work / "slots.pt",
+        run.processor(),
+        run.scale.slots,
+        run.scale.model,
+        start=run.work / "text.pt",
+    )
 
-    def _adapter(self) -> None:
-        import torch
 
-        from mse_export.training.tiny.adapter_stage import fit
+def _adapter(run: Run) -> None:
+    import torch
 
-        path = self.work / "adapter.pt"
+    from mse_export.training.tiny.adapter_stage import fit
+
+    path = run.work / "adapter.pt"
+    if path.exists():
+        return
+    have = run.material()
+    adapter, found = fit(
+        have["model"],
+        have["processor"],
+        have["training"],
+        have["fresh"],
+        have["validation"],
+        run.scale.adapter,
+        every=100,
+    )
+    torch.save({"state": adapter.state_dict(), "validation": found}, path)
+
+
+def _bundle(run: Run) -> None:
+    from mse_export.training.tiny.calibrate import finish_bundle
+
+    finish_bundle(run)
+
+
+def _evaluate(run: Run) -> None:
+    from mse_export.training.tiny.evaluate import evaluate
+
+    path = run.work / "report.json"
+    if not path.exists():
+        report = evaluate(run)
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def _card(run: Run) -> None:
+    from mse_export.training.tiny.card import write_card
+
+    report = json.loads((run.work / "report.json").read_text(encoding="utf-8"))
+    for name in ("ablations", "times"):
+        path = run.work / f"{name}.json"
         if path.exists():
-            return
-        have = self.material()
-        adapter, found = fit(
-            have["model"],
-            have["processor"],
-            have["training"],
-            have["fresh"],
-            have["validation"],
-            self.scale.adapter,
-            every=100,
-        )
-        torch.save({"state": adapter.state_dict(), "validation": found}, path)
+            report[name] = json.loads(path.read_text(encoding="utf-8"))
+    write_card(run.out / "README.md", report)
 
-    def _bundle(self) -> None:
-        from mse_export.training.tiny.calibrate import finish_bundle
 
-        finish_bundle(self)
+def _ablate(run: Run) -> None:
+    from mse_export.training.tiny.ablate import ablate
 
-    def _evaluate(self) -> None:
-        from mse_export.training.tiny.evaluate import evaluate
+    ablate(run)
+    _card(run)
 
-        path = self.work / "report.json"
-        if not path.exists():
-            report = evaluate(self)
-            path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
-    def _ablate(self) -> None:
-        from mse_export.training.tiny.ablate import ablate
-
-        ablate(self)
-        self._card()
-
-    def _card(self) -> None:
-        from mse_export.training.tiny.card import write_card
-
-        report = json.loads((self.work / "report.json").read_text(encoding="utf-8"))
-        table = self.work / "ablations.json"
-        if table.exists():
-            report["ablations"] = json.loads(table.read_text(encoding="utf-8"))
-        write_card(self.out / "README.md", report)
+#: Every stage by name, in order.
+STAGES: dict[str, Callable[[Run], None]] = {
+    "vocabulary": _vocabulary,
+    "text": _text,
+    "slots": _slots,
+    "clips": _clips,
+    "adapter": _adapter,
+    "bundle": _bundle,
+    "evaluate": _evaluate,
+    "card": _card,
+    "ablate": _ablate,
+}
