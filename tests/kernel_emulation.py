@@ -10,12 +10,15 @@ import ctypes
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+
+from mse_kernels._driver import Graph
 
 __all__ = ["HostDevice", "build_emulation"]
 
@@ -33,10 +36,12 @@ def build_emulation(folder: Path, *flags: str) -> ctypes.CDLL:
     # Fortified longjmp takes a change of stacks for an attack.
     options = ("-O2", "-std=c++17", "-fPIC", "-shared", "-Wall", "-Werror", "-U_FORTIFY_SOURCE")
     quiet = ("-Wno-unknown-pragmas", "-Wno-maybe-uninitialized")
-    source = KERNELS / "checks" / "host.cpp"
-    command = [compiler, *options, *quiet, *flags, str(source), "-o", str(out)]
+    sources = [str(KERNELS / "checks" / name) for name in ("host.cpp", "driver.cpp")]
+    command = [compiler, *options, *quiet, *flags, *sources, "-o", str(out)]
     subprocess.run(command, check=True, capture_output=True)
     lib = ctypes.CDLL(str(out))
+    lib.cuGetErrorString.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    lib.fake_calls.restype = lib.fake_violation.restype = ctypes.c_char_p
     lib.emulated_launch.argtypes = [
         *(ctypes.c_char_p, *[ctypes.c_uint] * 4, ctypes.c_uint64),
         *(ctypes.c_int, ctypes.c_int, ctypes.c_void_p),
@@ -60,8 +65,8 @@ class HostDevice:
     def allocations(self) -> int:
         return len(self._memory)
 
-    def use(self) -> None:
-        pass
+    def active(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def alloc(self, nbytes: int) -> int:
         # All bits set are NaNs: what is read before it was written, or beyond the end, shows in the
@@ -114,9 +119,9 @@ class HostDevice:
     def synchronize(self) -> None:
         pass
 
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+    def record(self, work: Callable[[], None]) -> Graph:
         self.recorded += 1
-        return work
+        return Graph(work, lambda: None)
 
     def close(self) -> None:
         pass

@@ -78,11 +78,13 @@ def test_three_launches_and_a_graph_per_shape(emulation: ctypes.CDLL) -> None:
     with CudaAdapter(Weights.of(case.weights), "f32", device) as adapter:
         first = adapter(*case.inputs)
         assert device.launches == ["mse_project", "mse_lstm", "mse_fuse_f32"]
-        np.testing.assert_array_equal(adapter(*case.inputs), first)
+        assert device.recorded == 0  # a shape that comes once needs no graph
+        for _ in range(3):
+            np.testing.assert_array_equal(adapter(*case.inputs), first)
         assert device.recorded == 1
-        for steps in range(10, 16):
+        for steps in (10, 11, 12, 10, 11, 13, 14, 15, 10):
             adapter(*random_case(5, 2, (steps, 4, 3), case.weights).inputs)
-        assert device.recorded == 7
+        assert device.recorded == 3
 
 
 def test_bad_values_are_refused_before_any_launch(emulation: ctypes.CDLL) -> None:

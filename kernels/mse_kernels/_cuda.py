@@ -1,4 +1,4 @@
-"""The CUDA backend: three launches of `fusion.cu` per call, replayed as a graph for a known shape.
+"""The CUDA backend: three launches of `fusion.cu` per call, as a graph for a shape that repeats.
 
 Everything here but the device itself is also run by the tests on a host emulation of the device
 (kernels/checks), since it needs nothing of CUDA.
@@ -9,10 +9,11 @@ from __future__ import annotations
 import ctypes
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from ctypes import c_int32, c_uint64
 from functools import cache
 from threading import Lock
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +22,13 @@ from mse_kernels.errors import KernelError, UnavailableError, WeightsError
 from mse_kernels.inputs import F32, NAMES, Batch, check, not_finite, refuse_lengths
 from mse_kernels.weights import FUSION, MIX, PSEUDO, UP, Weights
 
+if TYPE_CHECKING:
+    from mse_kernels._driver import Graph
+
 __all__ = ["CudaAdapter", "Device", "reason"]
 
 MAX_HIDDEN = 256  # one thread per gate of a unit, 1024 threads per block
-MAX_BATCH = 256  # samples per launch; larger batches are cut
+MAX_BATCH = 64  # samples per launch, 128 blocks of recurrences; larger batches are cut
 KEPT_SHAPES = 4
 TILE = 64  # kTile of fusion.cu
 PROJECT_SHARED = 2 * 16 * (TILE + 4) * 4
@@ -67,7 +71,7 @@ class Device(Protocol):
     name: str
     sm_count: int
 
-    def use(self) -> None: ...
+    def active(self) -> AbstractContextManager[None]: ...
     def alloc(self, nbytes: int) -> int: ...
     def free(self, address: int) -> None: ...
     def upload(self, address: int, array: npt.NDArray[Any]) -> None: ...
@@ -85,7 +89,7 @@ class Device(Protocol):
         cooperative: bool = False,
     ) -> None: ...
     def synchronize(self) -> None: ...
-    def record(self, work: Callable[[], None]) -> Callable[[], None]: ...
+    def record(self, work: Callable[[], None]) -> Graph | None: ...
     def close(self) -> None: ...
 
 
@@ -153,10 +157,26 @@ def packed(weights: Weights, storage: str) -> dict[str, npt.NDArray[Any]]:
 
 
 class _Plan:
-    """Buffers and queued work of one shape (B, Ta, Tv, Tt)."""
+    """Buffers and work of one shape (B, Ta, Tv, Tt).
+
+    The first call queues its launches one by one, which also shows whether they run at all; a shape
+    that comes again is recorded as a graph. Many never come again.
+    """
 
     def __init__(self, owner: CudaAdapter, shape: tuple[int, int, int, int]) -> None:
-        self._device = device = owner.device
+        self._device = owner.device
+        self._addresses: list[int] = []
+        self._staged: list[npt.NDArray[np.uint8]] = []
+        self._calls = 0
+        self._graph: Graph | None = None
+        try:
+            self._build(owner, shape)
+        except BaseException:  # out of memory: nothing of this shape stays behind
+            self.close()
+            raise
+
+    def _build(self, owner: CudaAdapter, shape: tuple[int, int, int, int]) -> None:
+        device = self._device
         w, (b, *steps) = owner.weights, shape
         widths = (w.audio_dim, w.video_dim, w.n_embd)
         # All inputs in one staging buffer: one copy. Lengths first, each part aligned.
@@ -166,7 +186,10 @@ class _Plan:
             starts.append(total)
             total += (n + 255) // 256 * 256
         experts = sum(w.scale)
-        self._addresses: list[int] = []
+
+        def staging(nbytes: int) -> npt.NDArray[np.uint8]:
+            self._staged.append(device.staging(nbytes))
+            return self._staged[-1]
 
         def room(*floats: int) -> int:
             address = device.alloc(4 * int(np.prod(floats)))
@@ -174,8 +197,8 @@ class _Plan:
             return address
 
         base = room(total // 4)
-        self._in = device.staging(total)
-        self._out = device.staging(4 * b * w.n_pseudo * w.n_embd)
+        self._in = staging(total)
+        self._out = staging(4 * b * w.n_pseudo * w.n_embd)
         self._views = [self._in[s : s + n] for s, n in zip(starts, sizes, strict=True)]
         modalities = []
         for i, hidden in enumerate((w.audio_hidden, w.video_hidden)):
@@ -217,21 +240,29 @@ class _Plan:
             )
             device.copy_out(self._out, out)
 
-        self._run = device.record(work)
+        self._work = work
 
     def run(self, batch: Batch, out: F32) -> None:
         order = (batch.audio_len, batch.video_len, batch.text_len, *batch[::2])
         for view, array in zip(self._views, order, strict=True):
             view[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        self._run()
+        self._calls += 1
+        if self._calls == 2:
+            self._graph = self._device.record(self._work)
+        if self._graph is None:
+            self._work()
+        else:
+            self._graph.launch()
         self._device.synchronize()
         out.reshape(-1)[:] = self._out.view(np.float32)
 
     def close(self) -> None:
+        if self._graph is not None:
+            self._graph.close()
         for address in self._addresses:
             self._device.free(address)
-        self._device.unstage(self._in)
-        self._device.unstage(self._out)
+        for staged in self._staged:
+            self._device.unstage(staged)
 
 
 class CudaAdapter:
@@ -253,11 +284,16 @@ class CudaAdapter:
         self.isa = device.name
         self.n_pseudo, self.n_embd = weights.n_pseudo, weights.n_embd
         self.addresses: dict[str, int] = {}
-        for name, array in packed(weights, storage).items():
-            self.addresses[name] = device.alloc(array.nbytes)
-            device.upload(self.addresses[name], array)
         self._plans: OrderedDict[tuple[int, int, int, int], _Plan] = OrderedDict()
         self._busy, self._open = Lock(), True
+        try:
+            with device.active():
+                for name, array in packed(weights, storage).items():
+                    self.addresses[name] = device.alloc(array.nbytes)
+                    device.upload(self.addresses[name], array)
+        except BaseException:
+            self.close()
+            raise
 
     def __call__(
         self, audio: Any, audio_len: Any, video: Any, video_len: Any, text: Any, text_len: Any
@@ -272,8 +308,7 @@ class CudaAdapter:
         _refuse_values(batch)
         n = batch.audio.shape[0]
         out: F32 = np.empty((n, self.n_pseudo, self.n_embd), np.float32)
-        with self._busy:
-            self.device.use()
+        with self._busy, self.device.active():
             for at in range(0, n, MAX_BATCH):
                 part = batch.part(at, at + MAX_BATCH)
                 self._plan(part).run(part, out[at : at + MAX_BATCH])
@@ -293,13 +328,15 @@ class CudaAdapter:
         if not self._open:
             return
         self._open = False
-        self.device.use()
-        for plan in self._plans.values():
-            plan.close()
-        self._plans.clear()
-        for address in self.addresses.values():
-            self.device.free(address)
-        self.device.close()
+        try:
+            with self.device.active():
+                for plan in self._plans.values():
+                    plan.close()
+                for address in self.addresses.values():
+                    self.device.free(address)
+        finally:  # after an error on the GPU every call fails; the context must go back anyway
+            self._plans.clear()
+            self.device.close()
 
     def __enter__(self) -> CudaAdapter:
         return self

@@ -10,8 +10,10 @@ import gzip
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,15 @@ import numpy.typing as npt
 
 from mse_kernels.errors import KernelError, UnavailableError
 
-__all__ = ["CudaDevice", "image_for", "load_driver"]
+__all__ = ["KERNELS", "CudaDevice", "Graph", "image_for", "load_driver"]
 
 FOLDER = Path(__file__).parent / "cubin"
 CAPTURE_THREAD_LOCAL = 1
-CC_MAJOR, CC_MINOR, SM_COUNT = 75, 76, 16
+CC_MAJOR, CC_MINOR, SM_COUNT, COOPERATIVE = 75, 76, 16, 95
+KERNELS = (
+    *("mse_project", "mse_lstm", "mse_lstm_any"),
+    *("mse_fuse_f32", "mse_fuse_f16", "mse_fuse_bf16"),
+)
 Bytes = npt.NDArray[np.uint8]
 
 
@@ -64,8 +70,19 @@ def image_for(major: int, minor: int) -> tuple[str, bytes]:
     return name, image + b"\0"  # PTX is read as a C string
 
 
+@dataclass(frozen=True)
+class Graph:
+    """Recorded work: `launch` queues it, `close` frees it."""
+
+    launch: Callable[[], None]
+    close: Callable[[], None]
+
+
 class CudaDevice:
-    """Device 0's primary context, one module and one stream."""
+    """Device 0's primary context, one module and one stream.
+
+    Everything but `close` needs the context to be current: call it inside `active()`.
+    """
 
     def __init__(self) -> None:
         self._lib = load_driver()
@@ -82,16 +99,27 @@ class CudaDevice:
         major, minor = self._attribute(CC_MAJOR), self._attribute(CC_MINOR)
         self.name = f"{name.value.decode(errors='replace')} (sm_{major}{minor})"
         self.sm_count = self._attribute(SM_COUNT)
+        if not self._attribute(COOPERATIVE):
+            raise UnavailableError(f"{self.name} takes no cooperative launch, which they need")
         self.image, image = image_for(major, minor)
-        self._context = c_void_p()
-        self._call("cuDevicePrimaryCtxRetain", byref(self._context), device)
-        self.use()
-        self._module = c_void_p()
-        self._call("cuModuleLoadData", byref(self._module), c_char_p(image))
-        self._stream = c_void_p()
-        self._call("cuStreamCreate", byref(self._stream), c_uint(1))  # not the default stream
+        self._context, self._module, self._stream = c_void_p(), c_void_p(), c_void_p()
         self._functions: dict[str, c_void_p] = {}
         self._pinned: list[c_void_p] = []
+        self._call("cuDevicePrimaryCtxRetain", byref(self._context), device)
+        try:
+            with self.active():
+                self._call("cuModuleLoadData", byref(self._module), c_char_p(image))
+                # All of them now: a driver that loads lazily finds out here what it can't run.
+                for kernel in KERNELS:
+                    function = self._functions[kernel] = c_void_p()
+                    self._call(
+                        "cuModuleGetFunction", byref(function), self._module, kernel.encode()
+                    )
+                # 1: no order with the default stream, on which other libraries may work.
+                self._call("cuStreamCreate", byref(self._stream), c_uint(1))
+        except BaseException:
+            self.close()
+            raise
 
     def _call(self, name: str, *args: Any) -> None:
         code = int(getattr(self._lib, name)(*args))
@@ -99,7 +127,8 @@ class CudaDevice:
             text = c_char_p()
             self._lib.cuGetErrorString(code, byref(text))
             why = (text.value or b"unknown error").decode()
-            kind = UnavailableError if name in ("cuInit", "cuModuleLoadData") else KernelError
+            opening = ("cuInit", "cuModuleLoadData", "cuModuleGetFunction")
+            kind = UnavailableError if name in opening else KernelError
             raise kind(f"CUDA: {name} failed: {why} (code {code})")
 
     def _attribute(self, which: int) -> int:
@@ -107,9 +136,14 @@ class CudaDevice:
         self._call("cuDeviceGetAttribute", byref(value), c_int(which), self._device)
         return value.value
 
-    def use(self) -> None:
-        """Make the context current in this thread."""
-        self._call("cuCtxSetCurrent", self._context)
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """The context is this thread's current one inside; afterwards the one before is again."""
+        self._call("cuCtxPushCurrent_v2", self._context)
+        try:
+            yield
+        finally:
+            self._call("cuCtxPopCurrent_v2", byref(c_void_p()))
 
     def alloc(self, nbytes: int) -> int:
         """Device memory; released with `free`."""
@@ -122,13 +156,16 @@ class CudaDevice:
         self._call("cuMemFree_v2", c_void_p(address))
 
     def upload(self, address: int, array: npt.NDArray[Any]) -> None:
-        """Copy and wait: for weights, once."""
+        """Copy and wait: for weights, once.
+
+        On our own stream: a copy on the default one may still be under way when kernels start.
+        """
         self._call(
-            "cuMemcpyHtoD_v2",
-            c_void_p(address),
-            c_void_p(array.ctypes.data),
-            c_size_t(array.nbytes),
+            "cuMemcpyHtoDAsync_v2",
+            *(c_void_p(address), c_void_p(array.ctypes.data), c_size_t(array.nbytes)),
+            self._stream,
         )
+        self.synchronize()
 
     def staging(self, nbytes: int) -> Bytes:
         """Page-locked host memory as bytes; it lives as long as the device."""
@@ -172,11 +209,7 @@ class CudaDevice:
         cooperative: bool = False,
     ) -> None:
         """Queue `kernel`; args are ctypes values in the kernel's order."""
-        function = self._functions.get(kernel)
-        if function is None:
-            function = c_void_p()
-            self._call("cuModuleGetFunction", byref(function), self._module, kernel.encode())
-            self._functions[kernel] = function
+        function = self._functions[kernel]
         pointers = (c_void_p * len(args))(*(ctypes.addressof(a) for a in args))
         shape = [c_uint(n) for n in (*grid, block, 1, 1, shared)]
         if cooperative:
@@ -188,8 +221,8 @@ class CudaDevice:
         """Wait for everything queued."""
         self._call("cuStreamSynchronize", self._stream)
 
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """`work` as a CUDA graph to queue again; itself where the driver can't capture it."""
+    def record(self, work: Callable[[], None]) -> Graph | None:
+        """`work` as a CUDA graph to queue again; None where the driver can't capture it."""
         graph, executable = c_void_p(), c_void_p()
         try:
             self._call("cuStreamBeginCapture_v2", self._stream, c_int(CAPTURE_THREAD_LOCAL))
@@ -199,16 +232,25 @@ class CudaDevice:
                 self._call("cuStreamEndCapture", self._stream, byref(graph))
             flags = ctypes.c_ulonglong(0)
             self._call("cuGraphInstantiateWithFlags", byref(executable), graph, flags)
-            self._call("cuGraphDestroy", graph)
         except (KernelError, AttributeError):
-            return work
-        return lambda: self._call("cuGraphLaunch", executable, self._stream)
+            return None
+        finally:
+            if graph:
+                self._call("cuGraphDestroy", graph)
+        return Graph(
+            lambda: self._call("cuGraphLaunch", executable, self._stream),
+            lambda: self._call("cuGraphExecDestroy", executable),
+        )
 
     def close(self) -> None:
-        """Give the context back; module, stream and memory go with its last user."""
+        """Free what is left and give the context back; for a device that can't go on, too."""
+        self._lib.cuCtxPushCurrent_v2(self._context)
         for pointer in self._pinned:
             self._lib.cuMemFreeHost(pointer)
         self._pinned.clear()
-        self._lib.cuStreamDestroy_v2(self._stream)
-        self._lib.cuModuleUnload(self._module)
+        if self._stream:
+            self._lib.cuStreamDestroy_v2(self._stream)
+        if self._module:
+            self._lib.cuModuleUnload(self._module)
+        self._lib.cuCtxPopCurrent_v2(byref(c_void_p()))
         self._lib.cuDevicePrimaryCtxRelease_v2(self._device)
