@@ -10,6 +10,7 @@ Names are imported when they are first used, so importing this package costs nex
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from mse_runtime.result import Prediction as Prediction
 
 __version__ = "0.1.0"
+
+# ONNX Runtime's wheels report to their maker over the network; nothing here leaves this machine.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
     "Analyzer": "analyzer",

@@ -115,8 +115,11 @@ class Plan:
         present = next((item.ram for item in self.items if item.name == "program"), 0)
         wanted = self.ram - self.reclaimable - present  # what is there already is not available
         if room and wanted > room:
+            parts = sorted(self.items, key=lambda item: -item.ram)
+            shares = [f"{p.name} {p.ram // MB}" for p in parts if p.name != "program"][:3]
             raise DeviceError(
-                f"The model needs {wanted // MB} MB of memory, {room // MB} MB are available. "
+                f"The model needs {wanted // MB} MB of memory ({', '.join(shares)}), "
+                f"{room // MB} MB are available. "
                 "Close other programs, use --low-memory, or a smaller or more quantised model."
             )
 
