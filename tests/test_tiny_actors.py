@@ -129,3 +129,27 @@ def test_a_performance_becomes_a_file_the_runtime_reads(tmp_path: Path) -> None:
     assert found.audio is not None
     assert found.face is not None
     assert found.face.valid.mean() > 0.9
+
+
+def test_the_photograph_shows_the_same_expressions() -> None:
+    from mse_export.training.tiny.portrait import Person
+    from mse_runtime.features.face import FaceExtractor
+    from mse_runtime.features.spec import get_spec
+
+    names = list(get_spec("face167/1").names)
+    rng = np.random.default_rng(0)
+    person = Person(5)
+    read = {}
+    for emotion in ("neutral", "surprise", "sadness", "joy"):
+        extractor = FaceExtractor(threads=1)
+        units = EXPRESSIONS[EMOTIONS.index(emotion)]
+        extractor.add(person(units, Pose(yaw=0.02), rng), 0.0)
+        track = extractor.finish().track
+        assert track.valid.all()
+        read[emotion] = dict(zip(names, track.values[0], strict=True))
+    assert read["joy"]["AU12"] > read["neutral"]["AU12"] > read["sadness"]["AU12"] - 0.2
+    assert read["surprise"]["AU26"] > read["neutral"]["AU26"]
+    assert read["sadness"]["AU15"] > read["neutral"]["AU15"]
+    # Another seed is another light and other proportions.
+    other = Person(6)({}, Pose(), np.random.default_rng(0))
+    assert np.abs(other.astype(int) - person({}, Pose(), np.random.default_rng(0))).mean() > 2

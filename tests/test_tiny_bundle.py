@@ -110,4 +110,11 @@ def test_the_command_goes_through_every_stage(tmp_path: Path) -> None:
     assert not bundle.trained
     assert "untrained" in bundle.training.note or "mean nothing" in bundle.training.note
     card = (out / "README.md").read_text(encoding="utf-8")
-    assert "| text only |" in card
+    for part in ("| text only (both media missing) |", "## On a held-out generator", "Time: "):
+        assert part in card
+    assert "Ablations: not run" in card
+    again = CliRunner().invoke(tiny, [*arguments, "--until", "ablate"], catch_exceptions=False)
+    assert again.exit_code == 0
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "| no TGM |" in card
+    assert "Ablations: not run" not in card

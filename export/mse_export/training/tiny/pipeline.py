@@ -67,7 +67,7 @@ def _drawing(run: Run, workers: int) -> Iterator[subprocess.Popen[bytes] | None]
     module = "mse_export.training.tiny.draw_clips"
     command = [sys.executable, "-m", module, str(run.work), name, str(workers)]
     # Away from the terminal's Ctrl-C: this process ends it.
-    drawer = subprocess.Popen(command, start_new_session=True, stdout=sys.stderr)
+    drawer = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
     try:
         yield drawer
     finally:
