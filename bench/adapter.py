@@ -3,10 +3,18 @@
     python bench/adapter.py --quick                      # batch 1 and 16, a minute or two
     python bench/adapter.py --jsonl out/adapter.jsonl    # everything
 
-Contenders of one case run interleaved, one call each per round, so that a noisy neighbour hits all
-of them; the ratio is the median over rounds of (time / ONNX Runtime's time in the same round). With
-one thread `cpu` is the same ratio in processor time of that thread, which other processes can slow
-down but not stretch; prefer it where p25..p75 is wide. The floor is max(bytes / measured bandwidth,
+Contenders of one case run interleaved, one measured call each per round, in an order that changes
+from round to round, so that a noisy neighbour hits all of them; the ratio is the median over rounds
+of (time / ONNX Runtime's time in the same round). `cpu` is the same ratio in processor time, which
+other processes can slow down but not stretch: of the calling thread with one thread, of the process
+with more, idle threads that spin included. Prefer it where p25..p75 is wide.
+
+With more than one thread a turn begins when the threads of the one before sleep (those of ONNX
+Runtime and of torch's OpenMP spin for milliseconds after a call, and would take a processor from
+whoever comes next), and its first call is not measured: a batch is rarely alone, and everyone's
+threads are awake then. All contenders have their defaults but for the number of threads.
+
+The floor is max(bytes / measured bandwidth,
 multiply-accumulates / measured peak): what no fp32 implementation can pass that reads its weights
 and inputs from memory once.
 """
@@ -16,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import sys
 import time
@@ -219,6 +228,16 @@ def quantile(values: list[float], q: float) -> float:
     return sorted(values)[min(len(values) - 1, int(q * len(values)))]
 
 
+def wait_until_idle() -> None:
+    """Return when no thread of this process works any more, half a second later at most."""
+    end = time.perf_counter() + 0.5
+    while time.perf_counter() < end:
+        start, used = time.perf_counter(), time.process_time()
+        time.sleep(0.002)
+        if time.process_time() - used < 0.1 * (time.perf_counter() - start):
+            return
+
+
 def run_case(
     shape: Shape, batch: int, threads: int, machine: Machine, seconds: float, isas: bool
 ) -> Iterator[dict[str, Any]]:
@@ -230,14 +249,19 @@ def run_case(
     base = BASE if BASE in calls else next(iter(calls))
     times: dict[str, list[float]] = {name: [] for name in calls}
     cpu: dict[str, list[float]] = {name: [] for name in calls}
+    clock = time.thread_time if threads == 1 else time.process_time
+    order, shuffle = list(calls), random.Random(0).shuffle
     begin = time.perf_counter()
     while len(times[base]) < 7 or time.perf_counter() - begin < seconds:
-        for name, call in calls.items():
+        shuffle(order)
+        for name in order:
+            call = calls[name]
             if threads > 1:
-                time.sleep(0.003)  # idle threads of the one before stop spinning
-            start, used = time.perf_counter(), time.thread_time()
+                wait_until_idle()
+                call()
+            start, used = time.perf_counter(), clock()
             call()
-            cpu[name].append((time.thread_time() - used) * 1e3)
+            cpu[name].append((clock() - used) * 1e3)
             times[name].append((time.perf_counter() - start) * 1e3)
     floor = 1e3 * max(
         shape.bytes(batch) / machine.gbytes / 1e9, shape.macs(batch) / machine.gmacs / 1e9
@@ -257,10 +281,8 @@ def run_case(
             "min_ms": min(values),
             "ratio": statistics.median(ratios),
             "ratio_of_min": min(values) / min(times[base]),
-            "cpu_ms": statistics.median(cpu[name]) if threads == 1 else None,
-            "ratio_cpu": statistics.median(cpu[name]) / statistics.median(cpu[base])
-            if threads == 1
-            else None,
+            "cpu_ms": statistics.median(cpu[name]),
+            "ratio_cpu": statistics.median(cpu[name]) / statistics.median(cpu[base]),
             "floor_ms": floor,
             "difference": float(np.abs(outputs[name] - outputs[base]).max() / most),
         }
@@ -274,12 +296,12 @@ HEADER = (
 
 def line(row: dict[str, Any]) -> str:
     """One row of the table."""
-    cpu = "" if row["ratio_cpu"] is None else f"{row['ratio_cpu']:.2f}"
     spread = f"{row['p25_ms']:.3f}..{row['p75_ms']:.3f}"
     return (
         f"{row['shape']:7} {row['batch']:5} {row['threads']:3} {row['contender']:18} "
         f"{row['median_ms']:8.3f} {spread:>17} {row['min_ms']:8.3f} {row['ratio']:6.2f} "
-        f"{row['ratio_of_min']:6.2f} {cpu:>5} {row['floor_ms']:8.3f} {row['difference']:8.1e}"
+        f"{row['ratio_of_min']:6.2f} {row['ratio_cpu']:5.2f} {row['floor_ms']:8.3f} "
+        f"{row['difference']:8.1e}"
     )
 
 

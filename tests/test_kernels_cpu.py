@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,6 +115,35 @@ def test_same_bits_for_any_threads_and_batch(isa: str, storage: str) -> None:
         for b in (0, 13, 69):
             alone = kernel(*(v[b : b + 1] for v in case.inputs))
             np.testing.assert_array_equal(alone[0], got[b])
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Linux only")
+def test_workers_stay_free_to_move() -> None:
+    """A worker that leaves a shared processor isn't bound to another one, nor beyond its limits."""
+    tasks = Path("/proc/self/task")
+
+    def wait_until_asleep(threads: set[str]) -> None:
+        end = time.monotonic() + 20
+        for thread in threads:
+            while (tasks / thread / "stat").read_text().rpartition(")")[2].split()[0] != "S":
+                assert time.monotonic() < end
+                time.sleep(0.001)
+
+    case = random_case(13, 6, (90, 9, 5))
+    allowed = os.sched_getaffinity(0)
+    before = {t.name for t in tasks.iterdir()}
+    with mse_kernels.open("cpu", case.weights, 3) as kernel:
+        workers = {t.name for t in tasks.iterdir()} - before
+        assert len(workers) == 2
+        want = kernel(*case.inputs)
+        for limit in (allowed, {min(allowed)}, allowed):
+            wait_until_asleep(workers)
+            for thread in workers:
+                os.sched_setaffinity(int(thread), limit)
+            for _ in range(20):
+                np.testing.assert_array_equal(kernel(*case.inputs), want)
+            wait_until_asleep(workers)
+            assert all(os.sched_getaffinity(int(t)) == limit for t in workers)
 
 
 def test_length_zero_is_the_linear_bias() -> None:

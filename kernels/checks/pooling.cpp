@@ -1,6 +1,6 @@
 // Would pooling the text straight from quantised embedding rows be faster than from the float rows?
 //
-//   g++ -O3 -march=native -std=c++17 kernels/checks/pooling.cpp -o pooling && ./pooling
+//   g++ -O3 -march=native -std=c++17 -w kernels/checks/pooling.cpp -o pooling && ./pooling
 //
 // The float rows exist anyway: the language model's prefill takes them as its input. So the question
 // is the mean alone: D = 4096, rows in cache (they were just dequantised, which read the quantised
@@ -12,6 +12,10 @@
 
 #include <algorithm>
 #include <vector>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 constexpr int D = 4096, kBlock = 32;
 
@@ -27,6 +31,38 @@ struct Q4 {
 static void add(const float *row, float *sum) {
   for (int d = 0; d < D; d++) sum[d] += row[d];
 }
+#if defined(__AVX512F__)  // GCC makes poor code of the plain loops below
+
+static inline void add(float *sum, __m512 v) {
+  _mm512_storeu_ps(sum, _mm512_add_ps(_mm512_loadu_ps(sum), v));
+}
+static inline void add(float *sum, float scale, __m512i q) {
+  const __m512 v = _mm512_cvtepi32_ps(q);
+  _mm512_storeu_ps(sum, _mm512_fmadd_ps(v, _mm512_set1_ps(scale), _mm512_loadu_ps(sum)));
+}
+static __m128i bytes(const void *p) { return _mm_loadu_si128(static_cast<const __m128i *>(p)); }
+static void add(const _Float16 *row, float *sum) {
+  for (int d = 0; d < D; d += 16)
+    add(sum + d, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(row + d))));
+}
+static void add(const Q8 *row, float *sum) {
+  for (int b = 0; b < D / kBlock; b++)
+    for (int i = 0; i < kBlock; i += 16)
+      add(sum + b * kBlock + i, static_cast<float>(row[b].scale),
+          _mm512_cvtepi8_epi32(bytes(row[b].q + i)));
+}
+static void add(const Q4 *row, float *sum) {
+  const __m512i low = _mm512_set1_epi32(15), eight = _mm512_set1_epi32(8);
+  for (int b = 0; b < D / kBlock; b++) {
+    const float s = static_cast<float>(row[b].scale);
+    const __m512i q = _mm512_cvtepu8_epi32(bytes(row[b].q));
+    add(sum + b * kBlock, s, _mm512_sub_epi32(_mm512_and_si512(q, low), eight));
+    add(sum + b * kBlock + kBlock / 2, s, _mm512_sub_epi32(_mm512_srli_epi32(q, 4), eight));
+  }
+}
+
+#else
+
 static void add(const _Float16 *row, float *sum) {
   for (int d = 0; d < D; d++) sum[d] += static_cast<float>(row[d]);
 }
@@ -46,6 +82,8 @@ static void add(const Q4 *row, float *sum) {
     }
   }
 }
+
+#endif
 
 template <class T> static double median_us(int rows, size_t per_row, float *check) {
   std::vector<T> data(rows * per_row);
