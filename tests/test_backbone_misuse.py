@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from backbone_cases import TOLERANCE, Open, worst
 
-from mse_runtime.backbone import Backbone
+from mse_runtime.backbone import Backbone, library
 from mse_runtime.errors import BackboneError
 
 pytest_plugins = ("backbone_fixtures",)
@@ -263,3 +264,21 @@ def test_a_vocabulary_with_a_token_twice(tmp_path: Path, toys: dict[str, Path]) 
         (tmp_path / "bad.gguf").write_bytes(data)
         with pytest.raises(BackboneError, match="a token twice"):
             Backbone.open(tmp_path / "bad.gguf", threads=1)
+
+
+@pytest.mark.parametrize("own", [None, "77"])
+def test_waiting_threads_go_to_sleep_soon(own: str | None) -> None:
+    """GCC's OpenMP, if llama.cpp is built with it, sees the setting; later children do not."""
+    code = (
+        "import os\nfrom mse_runtime.backbone import library\nlibrary.load()\n"
+        "print(os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    environment = {**os.environ, "OMP_DISPLAY_ENV": "verbose"}
+    environment |= {} if own is None else {"GOMP_SPINCOUNT": own}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout.strip() == str(own)
+    if "GOMP_" not in done.stderr:
+        pytest.skip("llama.cpp is built without GCC's OpenMP")
+    assert f"GOMP_SPINCOUNT = '{own or library._SPINS}'" in done.stderr

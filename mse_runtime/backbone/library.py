@@ -11,6 +11,8 @@ import os
 import sys
 import threading
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ __all__ = ["Device", "build_id", "devices", "folder", "load", "log_errors", "log
 _PACKAGE = "llama_cpp"
 _LEVELS = {1: "debug", 2: "info", 3: "warn", 4: "error"}
 _CONTINUED = 5
+_SPINS = 1000  # some ten microseconds
 _lock = threading.Lock()
 _library: Any = None
 _log: collections.deque[tuple[int, str, str]] = collections.deque(maxlen=600)
@@ -79,7 +82,8 @@ def load() -> Any:
         if _library is None:
             where = folder()
             try:
-                lib = _import_bindings()
+                with _patience():
+                    lib = _import_bindings()
             except (ImportError, OSError, RuntimeError, AttributeError) as error:
                 raise BackboneError(
                     f"llama.cpp's library in {where} cannot be loaded: {error}. Reinstall it with: "
@@ -89,6 +93,26 @@ def load() -> Any:
             lib.llama_backend_init()
             _library = lib
         return _library
+
+
+@contextmanager
+def _patience() -> Iterator[None]:
+    """Let OpenMP's threads sleep soon where they wait for each other.
+
+    GCC's runtime, which reads this when it is loaded, lets them spin for milliseconds at each of
+    the thousand barriers of a decode. On a busy machine they spin away the time that the one they
+    wait for needs: five times the wall clock and CPU time (bench/neighbour.py). What the user has
+    set stays, and child processes see no change.
+    """
+    name = "GOMP_SPINCOUNT"
+    if name in os.environ or "OMP_WAIT_POLICY" in os.environ:
+        yield
+        return
+    os.environ[name] = str(_SPINS)
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def _import_bindings() -> Any:
