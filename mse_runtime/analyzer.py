@@ -3,8 +3,9 @@
 The backbone loads in the background from the moment an `Analyzer` is opened, and features are
 extracted beside it. Where most of the prompt stands before the pseudo tokens (the pseudo-last
 layout), that part is prefilled while the clip is still being decoded, and the constant part of it
-is kept in the KV cache between utterances; after the last feature only the pseudo tokens and the
-tail remain. Otherwise (published layouts) the prompt is one all-embedding batch.
+is kept in the KV cache between utterances (and in a file between processes: `kept_prefix`); after
+the last feature only the pseudo tokens and the tail remain. Otherwise (published layouts) the
+prompt is one all-embedding batch. The labels are scored in the same pass as the prompt's end.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mse_runtime import background
+from mse_runtime import background, kept_prefix
 from mse_runtime.bundle import Bundle, Task, load_bundle
 from mse_runtime.bundle.hub import resolve_bundle
 from mse_runtime.errors import UsageError
@@ -303,8 +304,9 @@ class Analyzer:
         if not np.array_equal(constant, self._constant):
             backbone.clear(0)
             self._constant = np.empty(0, np.int32)
-            if len(constant):
+            if len(constant) and not kept_prefix.restore(backbone, self.bundle, constant):
                 backbone.prefill(backbone.embed(constant), logits="none")
+                kept_prefix.store(backbone, self.bundle, constant)
             self._constant = constant
         if len(rest := early[len(constant) :]):
             backbone.prefill(backbone.embed(rest), logits="none")
