@@ -176,7 +176,11 @@ class Analyzer:
             ),
             "mse-features",
         )
-        return self._answer(features, text, task, parity, str(clip), watch)
+        first = self.last_features is None
+        prediction = self._answer(features, text, task, parity, str(clip), watch)
+        if not first:  # a process that answers once is about to give everything back
+            heap.give_back()
+        return prediction
 
     def analyze_features(
         self,
