@@ -6,12 +6,20 @@ import base64
 import csv
 import json
 import lzma
+import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from mse_export.training.progress import Reporter
+    from mse_export.training.run import Arguments
+
+ROOT = Path(__file__).resolve().parent.parent
 
 SENTENCES = [
     "I am so happy with how this turned out",
@@ -173,3 +181,33 @@ def emotional_data(
         writer.writeheader()
         writer.writerows(rows)
     return folder
+
+
+def arguments(backbone: Path | str, data: Path, output: Path, **changes: Any) -> Arguments:
+    """A short run's arguments."""
+    from mse_export.training.run import Arguments
+
+    plain = Arguments(str(backbone), "mine", data, output, epochs=2, batch=6, lr=2e-3)
+    return replace(plain, **changes)
+
+
+class Told:
+    """A reporter that remembers."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def __call__(self) -> Reporter:
+        from mse_export.training.progress import Reporter
+
+        return Reporter(self.lines.append)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines)
+
+
+def environment() -> dict[str, str]:
+    """For commands run as a user would."""
+    paths = os.pathsep.join(str(ROOT / part) for part in ("", "export", "kernels"))
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}

@@ -19,13 +19,13 @@ from typing import Any
 
 from mse_runtime.datasets import (
     DataSetInfo,
-    Kind,
     Problem,
     assign_split,
     parse_label,
     split_name,
 )
 from mse_runtime.datasets.open_format import INFO, MANIFEST, guess_info, read_rows, write_info
+from mse_runtime.datasets.samples import Kind
 from mse_runtime.errors import MediaError, MSEError, UsageError
 
 __all__ = ["Prepared", "Row", "prepare", "read_clips"]
