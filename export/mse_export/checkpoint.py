@@ -84,7 +84,10 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "weights_only" in str(error) or "Unsupported" in str(error) or "GLOBAL" in str(error):
+        # torch's words are the same for whatever is no pickle at all.
+        with path.open("rb") as file:
+            pickled = file.read(4).startswith((b"PK", b"\x80"))
+        if pickled or "GLOBAL" in str(error):
             raise BundleError(
                 f"{path} is a pickle that contains more than tensors, so opening it could run "
                 "code. It was refused and nothing in it was executed. Save the state dict alone: "
