@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # `typing` takes longer to import than the rest of a command's start
 if TYPE_CHECKING:
+    from typing import Any
+
     from mse_runtime.analyzer import Analyzer as Analyzer
     from mse_runtime.backbone import Backbone as Backbone
     from mse_runtime.bundle import Bundle as Bundle

@@ -11,8 +11,11 @@ import os
 import signal
 import sys
 from importlib import import_module
-from types import FrameType
-from typing import NoReturn
+
+TYPE_CHECKING = False  # until the handler is in place nothing may take long
+if TYPE_CHECKING:
+    from types import FrameType
+    from typing import NoReturn
 
 __all__ = ["mse_doctor", "mse_eval", "mse_export", "mse_run", "mse_train"]
 

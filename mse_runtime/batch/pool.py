@@ -70,9 +70,10 @@ class FeaturePool:
         try:
             reply = worker.ask({**request, "target": str(target)}, self._timeout)
             if "error" in reply:
-                kind = getattr(errors, str(reply["error"]["type"]), None)
-                known = isinstance(kind, type) and issubclass(kind, MSEError)
-                raise (kind if known else MediaError)(str(reply["error"]["message"]))
+                kind: Any = getattr(errors, str(reply["error"]["type"]), None)
+                if not (isinstance(kind, type) and issubclass(kind, MSEError)):
+                    kind = MediaError
+                raise kind(str(reply["error"]["message"]))
             return load_npz(target)
         finally:
             self._idle.put(worker)

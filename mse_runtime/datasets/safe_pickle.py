@@ -77,10 +77,10 @@ class _Bounded:
         return self._handle.readline()
 
 
-_Python: Any = pickle._Unpickler  # type: ignore[attr-defined]  # the one in C cannot be narrowed
+_Python: Any = pickle._Unpickler  # the one in C cannot be narrowed
 
 
-class _Unpickler(_Python):
+class _Unpickler(_Python):  # type: ignore[misc]
     """Python's own unpickler, in Python, without the instructions that reach into objects."""
 
     def __init__(self, handle: IO[bytes]) -> None:
