@@ -17,7 +17,7 @@ from typing import Any
 
 from mse_runtime.errors import UsageError
 
-__all__ = ["Row", "read_rows"]
+__all__ = ["COLUMNS", "Row", "make_row", "read_rows"]
 
 PICTURE = ".mp4 .mov .mkv .webm .avi .m4v .mpg .mpeg .ts .3gp .flv .wmv"
 SOUND = ".wav .mp3 .m4a .flac .ogg .opus .aac"
@@ -66,7 +66,7 @@ def read_rows(path: Path) -> list[Row]:
         ) from error
     except (csv.Error, OSError) as error:
         raise UsageError(f"The batch list {path} cannot be read: {error}.") from error
-    return [_row(i, fields, path.parent) for i, fields in enumerate(found)]
+    return [make_row(i, fields, path.parent) for i, fields in enumerate(found)]
 
 
 def _csv(path: Path) -> Iterator[dict[str, Any]]:
@@ -109,7 +109,9 @@ def _folder(path: Path) -> Iterator[Row]:
         yield Row(index, clip.stem, clip, text, problem=problem)
 
 
-def _row(index: int, fields: dict[str, Any], folder: Path) -> Row:
+def make_row(index: int, fields: dict[str, Any], folder: Path) -> Row:
+    """The row of one entry of a list: `fields` by name of column, empty ones left out."""
+
     def string(name: str) -> str:
         value = fields.get(name, "")
         if not isinstance(value, str | int | float):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from mse_runtime.features.npz import load_npz
 from mse_runtime.features.spec import Features
 from mse_runtime.prompt import check_text
 
-__all__ = ["Outcome", "run"]
+__all__ = ["Outcome", "answers", "run"]
 
 AHEAD = 2
 """Rows of features that wait for the language model, for each worker."""
@@ -56,9 +56,35 @@ def run(
 
     SIGINT and SIGTERM finish the row in hand and stop; a second one stops at once.
     """
-    analyzer.task(task)
-    analyzer.ready()  # what keeps every row from an answer is no row's error
     before = len(journal.done)
+    todo = [row for row in rows if row.index not in journal.done]
+    entries = answers(
+        analyzer, todo, pool, task=task, parity=parity, fps=fps, max_seconds=max_seconds
+    )
+    with _stop_signals() as stop:
+        while not stop.is_set() and (entry := next(entries, None)):
+            journal.write(entry)
+            progress()
+        stopped = stop.is_set()
+    return Outcome(len(journal.done) - before, before, journal.failed, stopped)
+
+
+def answers(
+    analyzer: Analyzer,
+    rows: Iterable[Row],
+    pool: FeaturePool,
+    *,
+    task: str | None = None,
+    parity: Parity | None = None,
+    fps: float | None = None,
+    max_seconds: float = 60.0,
+) -> Iterator[dict[str, Any]]:
+    """One line of output for each row, in order, while `pool` works on the features of the next.
+
+    What keeps every row from an answer (no such task, a model that does not load) is raised.
+    """
+    analyzer.task(task)
+    analyzer.ready()
     inputs = analyzer.bundle.features
     options = {
         "audio_spec": inputs.audio.spec,
@@ -70,18 +96,14 @@ def run(
         "bundle": str(analyzer.bundle.path) if analyzer.bundle.encoders else None,
     }
     waiting: deque[tuple[Row, Future[Features]]] = deque()
-    todo = (row for row in rows if row.index not in journal.done)
-    with _stop_signals() as stop:
-        while not stop.is_set():
-            while len(waiting) < AHEAD * pool.workers and (row := next(todo, None)):
-                waiting.append((row, _features(row, pool, options)))
-            if not waiting:
-                break
-            row, features = waiting.popleft()
-            journal.write(_entry(analyzer, row, features, row.task or task, parity))
-            progress()
-        stopped = stop.is_set()
-    return Outcome(len(journal.done) - before, before, journal.failed, stopped)
+    todo = iter(rows)
+    while True:
+        while len(waiting) < AHEAD * pool.workers and (row := next(todo, None)):
+            waiting.append((row, _features(row, pool, options)))
+        if not waiting:
+            return
+        row, features = waiting.popleft()
+        yield _entry(analyzer, row, features, row.task or task, parity)
 
 
 def _features(row: Row, pool: FeaturePool, options: dict[str, Any]) -> Future[Features]:
