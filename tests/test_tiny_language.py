@@ -30,8 +30,9 @@ from mse_export.training.tiny.layout import (  # noqa: E402
     segments,
 )
 from mse_export.training.tiny.lexicon import EMOTIONS, lexicon, vader  # noqa: E402
-from mse_export.training.tiny.model import TinyConfig, TinyLlama  # noqa: E402
+from mse_export.training.tiny.model import TinyLlama  # noqa: E402
 from mse_export.training.tiny.readout import read_emotions, read_numbers  # noqa: E402
+from mse_export.training.tiny.schedule import TinyConfig  # noqa: E402
 
 SMALL = TinyConfig(vocab=1024, width=64, layers=2, heads=2, feed_forward=96)
 

@@ -194,6 +194,7 @@ def test_the_command_line(
     out, err = capsys.readouterr()
     assert json.loads(out)["runs"][0]["epochs"] == 1
     assert "epoch   1" in err
+    assert err.startswith("mse-train: loading PyTorch")  # seconds pass before the first epoch
 
 
 def test_wrong_arguments(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from mse_runtime.bundle import Bundle, load_bundle
 from mse_runtime.errors import BackboneError
 from mse_runtime.gguf import Gguf
-
-if TYPE_CHECKING:
-    from mse_export.training.frozen import Frozen
+from mse_runtime.prompt import Tokenizer
 
 __all__ = ["builtin_bundle", "open_builtin"]
 
@@ -37,15 +35,14 @@ def builtin_bundle(name: str) -> Bundle:
     return load_bundle(resolve_bundle(name))
 
 
-def open_builtin(name: str) -> Frozen:
-    """Its language model, dequantised; the tokeniser is llama.cpp's own."""
-    from mse_export.training.frozen import Frozen
+def open_builtin(name: str) -> tuple[nn.Module, Tokenizer]:
+    """Its language model, dequantised, and its tokeniser, which is llama.cpp's own."""
     from mse_runtime.backbone import Backbone
 
     path = builtin_bundle(name).gguf_path()
     with Gguf.open(path) as file:
         model = _llama(file)
-    return Frozen(model, Backbone.open(path, n_ctx=32), "llama", name)
+    return model, Backbone.open(path, n_ctx=32)
 
 
 def _llama(file: Gguf) -> nn.Module:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mse_export.training.progress import console_reporter
+from mse_runtime.datasets import load_dataset
 from mse_runtime.errors import MSEError, UsageError
 
 if TYPE_CHECKING:
@@ -104,6 +105,9 @@ def mse_train(context: click.Context, /, **options: Any) -> None:
         flags = ", ".join("-o" if name == "output" else f"--{name}" for name in missing)
         raise UsageError(f"Missing {flags}. See mse-train --help for examples.")
     _need_torch()
+    if not options["data"].exists():
+        load_dataset(options["data"], options["dataset"])  # says so before PyTorch is loaded
+    _loading()
     from mse_export.training.run import Arguments, train
 
     if options["threads"]:
@@ -198,7 +202,7 @@ class _LazyTiny(click.Command):
 
     def _real(self) -> click.Command:
         _need_torch()
-        from mse_export.training.tiny.cli import tiny
+        from mse_export.training.tiny.cli import tiny  # light: PyTorch comes with the first stage
 
         found: click.Command = tiny
         return found
@@ -242,6 +246,11 @@ def _need_torch() -> None:
             f"Training needs {' and '.join(missing)}, which are not installed: "
             "pip install 'mse-runtime[export]'"
         )
+
+
+def _loading() -> None:
+    """Say at once that something happens; gone with the first line of the reporter."""
+    click.echo("mse-train: loading PyTorch ...", err=True)
 
 
 def _print_results(results: Sequence[Result], output: Path, as_json: bool) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mse_export.training.builtin import open_builtin
 from mse_export.training.tokenizers import open_tokenizer
 from mse_runtime.errors import BackboneError, DeviceError
 from mse_runtime.prompt import Tokenizer
@@ -132,9 +133,7 @@ def open_frozen(
     Raises BackboneError for a folder that is no language model, DeviceError for too little memory.
     """
     if str(source) == "tiny":
-        from mse_export.training.builtin import open_builtin
-
-        return _freeze(open_builtin("tiny"), device, precision)
+        return _freeze(Frozen(*open_builtin("tiny"), "llama", "tiny"), device, precision)
     folder = _named_folder(str(source)) or Path(source).expanduser()
     config = _read_config(folder)
     model_type = str(config.get("model_type", ""))

@@ -41,7 +41,10 @@ def ablate(run: Run, *, seeds: tuple[int, ...] = (1, 2, 3), steps: int = 240) ->
     path = run.work / "ablations.json"
     have = run.material()
     model, processor, clips = have["model"], have["processor"], have["validation"]
-    base = replace(run.scale.adapter, steps=min(steps, run.scale.adapter.steps), batch=48)
+    full = run.scale.adapter
+    base = replace(
+        full, steps=min(steps, full.steps), batch=32, warm_up=min(400, full.warm_up), rate=2e-3
+    )
     report: dict[str, Any] = {
         "clips": len(clips),
         "identities": len({c.identity for c in clips}),

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from mse_export.training.tiny.model import TinyConfig, TinyLlama
+from mse_export.training.tiny.model import TinyLlama
+from mse_export.training.tiny.schedule import TinyConfig
 
 __all__ = ["load_model", "save_model", "save_state"]
 

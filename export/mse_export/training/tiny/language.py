@@ -25,8 +25,8 @@ from mse_export.training.tiny.evidence import Evidence
 from mse_export.training.tiny.language_batch import Step, prepare
 from mse_export.training.tiny.language_check import validate_text
 from mse_export.training.tiny.layout import Answers, Layout, Pieces
-from mse_export.training.tiny.model import TinyConfig, TinyLlama
-from mse_export.training.tiny.schedule import Schedule
+from mse_export.training.tiny.model import TinyLlama
+from mse_export.training.tiny.schedule import Schedule, TinyConfig
 
 __all__ = ["train_stage"]
 

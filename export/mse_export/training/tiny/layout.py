@@ -8,12 +8,13 @@ compared and so that an adapter of either layout can be fitted.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mse_export.training.tiny.lexicon import EMOTIONS
+from mse_export.training.tiny.schedule import Layout
 from mse_export.training.tiny.tokeniser import (
     BOS,
     CLOSE,
@@ -28,7 +29,6 @@ from mse_runtime.errors import MSEError
 
 __all__ = ["TASKS", "Answers", "Layout", "Row", "build_row", "pad", "segments"]
 
-Layout = Literal["pseudo-last", "published"]
 TASKS = ("sentiment", "emotion")
 
 

@@ -30,6 +30,7 @@ def execute(run: Run, *, until: str = "card", threads: int = 1, workers: int = 1
 
     `threads` train; `workers` processes draw clips meanwhile.
     """
+    _LOG.info("loading PyTorch")
     import torch
 
     torch.set_num_threads(threads)

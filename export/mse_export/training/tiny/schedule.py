@@ -1,12 +1,49 @@
-"""How the language model and the adapter are trained, as data."""
+"""What is trained and how, as data: shapes and schedules. Imports nothing heavy."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
-from mse_export.training.tiny.layout import Layout
+__all__ = ["AdapterSchedule", "Layout", "Schedule", "TinyConfig"]
 
-__all__ = ["AdapterSchedule", "Schedule"]
+Layout = Literal["pseudo-last", "published"]
+
+
+@dataclass(frozen=True)
+class TinyConfig:
+    """Shape of the model; widths in channels."""
+
+    vocab: int = 4096
+    width: int = 192
+    layers: int = 4
+    heads: int = 4
+    feed_forward: int = 512
+    context: int = 512
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+
+    def hugging_face(self) -> dict[str, Any]:
+        """The same shape as `transformers.LlamaConfig` arguments."""
+        return {
+            "vocab_size": self.vocab,
+            "hidden_size": self.width,
+            "intermediate_size": self.feed_forward,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.heads,
+            "max_position_embeddings": self.context,
+            "rms_norm_eps": self.norm_eps,
+            "rope_theta": self.rope_base,
+            "tie_word_embeddings": False,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 3,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for the checkpoint."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)

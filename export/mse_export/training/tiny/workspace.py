@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mse_export.training.tiny.clips import ClipSpec, plan
-from mse_export.training.tiny.model import TinyConfig
-from mse_export.training.tiny.schedule import AdapterSchedule, Schedule
+from mse_export.training.tiny.schedule import AdapterSchedule, Schedule, TinyConfig
 
 __all__ = ["SCALES", "Run", "Scale"]
 
