@@ -77,10 +77,15 @@ class AudioEncoder:
         )
 
     def _piece(self, samples: Floats, first: int, rows: int) -> Floats:
-        """Rows `first` .. `first + rows` of the output, from just the samples they need."""
+        """Rows `first` .. `first + rows` of the output, from just the samples they need.
+
+        The last piece has what no row covers, too: a group norm in front of the rows sees it.
+        """
         config = self.config
         begin = first * config.stride
-        piece = samples[begin : begin + (rows - 1) * config.stride + config.receptive]
+        end = begin + (rows - 1) * config.stride + config.receptive
+        last = samples.size < end + config.stride
+        piece = samples[begin:] if last else samples[begin:end]
         hidden = self._session.result()(piece[None])[0]
         if hidden.shape != (1, rows, config.dim):
             raise BundleError(
