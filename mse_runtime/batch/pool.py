@@ -128,7 +128,7 @@ class _Worker:
                 f"{clip}: no features after {timeout:g} s, so it was given up. Give more time with "
                 "--clip-timeout, or a shorter piece with start and end."
             ) from None
-        except (OSError, ValueError, RecursionError):
+        except (OSError, ValueError, TypeError, RecursionError):
             raise MediaError(f"{clip}: {self._post_mortem()}") from None
 
     def _start(self) -> subprocess.Popen[bytes]:

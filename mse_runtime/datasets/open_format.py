@@ -13,8 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from mse_runtime import memory
 from mse_runtime.datasets.samples import (
     DataSet,
     DataSetInfo,
@@ -27,6 +26,7 @@ from mse_runtime.datasets.samples import (
     split_name,
 )
 from mse_runtime.errors import MediaError
+from mse_runtime.features.npz import MAX_BYTES, UNREADABLE, read_arrays
 
 __all__ = ["INFO", "MANIFEST", "guess_info", "read_info", "read_manifest", "read_npz", "read_rows"]
 
@@ -180,11 +180,11 @@ def read_npz(path: Path, name: str | None = None) -> DataSet:
     video_len, id, split, speaker, and the scalars audio_spec, face_spec, labels [K], range [2].
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            data = {key: archive[key] for key in archive.files}
-    except Exception as error:  # zipfile, zlib and numpy each fail in their own way
+        data, _ = read_arrays(path, memory.available() or MAX_BYTES)
+    except UNREADABLE as error:
         raise MediaError(
-            f"{path} is no readable .npz of plain arrays ({type(error).__name__}: {error})."
+            f"{path} is no readable .npz of plain arrays that fit into memory "
+            f"({type(error).__name__}: {error})."
         ) from error
     missing = [key for key in ("text", "audio", "video") if key not in data]
     if missing:

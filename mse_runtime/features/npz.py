@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from mse_runtime.errors import MediaError
 from mse_runtime.features.spec import Features, FeatureTrack
 
-__all__ = ["load_npz", "save_npz"]
+__all__ = ["UNREADABLE", "load_npz", "read_arrays", "save_npz"]
 
 MAX_BYTES = 256 * 2**20
-"""Largest array that is read: hours of features; a file that declares more is refused."""
+"""Most that all arrays together may declare: hours of features. More is refused."""
 MAX_DIM = 65_536
-_UNREADABLE = (
+UNREADABLE = (
     OSError,
     zipfile.BadZipFile,
     zlib.error,
@@ -89,21 +89,16 @@ def load_npz(
             arrays that don't belong together.
     """
     try:
-        if Path(path).exists() and not Path(path).is_file():
-            raise ValueError("it is no regular file")  # a pipe would be waited for
-        with zipfile.ZipFile(path) as archive:
-            stored = {name.removesuffix(".npy"): name for name in archive.namelist()}
-            arrays = {key: _read(archive, stored[key]) for key in sorted(stored) if key in _KNOWN}
-    except _UNREADABLE as error:
+        arrays, found = read_arrays(path, MAX_BYTES, _KNOWN)
+    except UNREADABLE as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise MediaError(
             f"{path} is not a feature file that can be read: {reason}. Expected an .npz with "
             "`audio` [T, d] and/or `video` [T, d]; write one with mse-run --features-only."
         ) from error
     if "audio" not in arrays and "video" not in arrays:
-        found = ", ".join(sorted(stored)[:10]) or "nothing"
         raise MediaError(
-            f"{path} holds neither `audio` nor `video`, but {found}. "
+            f"{path} holds neither `audio` nor `video`, but {', '.join(found[:10]) or 'nothing'}. "
             "Save at least one matrix [T, d] under one of these names."
         )
     try:
@@ -125,17 +120,33 @@ _KNOWN = {
 }
 
 
+def read_arrays(
+    path: str | Path, limit: int, known: set[str] | None = None
+) -> tuple[dict[str, NDArray[Any]], list[str]]:
+    """The arrays called `known` (None: all), and the names of all that there are.
+
+    Together they may declare `limit` bytes. Raises one of `UNREADABLE`.
+    """
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError("it is no regular file")  # a pipe would be waited for
+    with zipfile.ZipFile(path) as archive:
+        stored = {name.removesuffix(".npy"): name for name in archive.namelist()}
+        wanted = [key for key in sorted(stored) if known is None or key in known]
+        size = sum(archive.getinfo(stored[key]).file_size for key in wanted)
+        if size > limit:
+            raise ValueError(f"it declares {size / 2**20:.0f} MB, over {limit >> 20} MB")
+        return {key: _read(archive, stored[key]) for key in wanted}, sorted(stored)
+
+
 def _read(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
     """One array. numpy would believe the header's shape and take the memory first."""
     size = archive.getinfo(name).file_size
-    if size > MAX_BYTES:
-        raise ValueError(f"`{name}` declares {size / 2**20:.0f} MB, over {MAX_BYTES >> 20} MB")
     with archive.open(name) as handle:
         shape, fortran, dtype = _header(handle)
         if dtype.hasobject:
             raise ValueError(f"`{name}` holds pickled objects, which are never loaded")
         count = math.prod(shape)
-        data = handle.read(min(count * dtype.itemsize, MAX_BYTES) + 1)
+        data = handle.read(min(count * dtype.itemsize, size) + 1)
     if len(data) != count * dtype.itemsize:
         raise ValueError(f"`{name}` holds {len(data)} bytes where {shape} {dtype} is declared")
     array = np.frombuffer(data, dtype, count) if dtype.itemsize else np.zeros(count, dtype)
@@ -144,11 +155,9 @@ def _read(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
 
 def _header(handle: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     version = npy.read_magic(handle)
-    if version == (1, 0):
-        return npy.read_array_header_1_0(handle)
-    if version == (2, 0):
-        return npy.read_array_header_2_0(handle)
-    raise ValueError(f"npy version {version} is not supported")
+    if version != (1, 0):  # the later ones are for headers over 64 KiB, which no matrix has
+        raise ValueError(f"npy version {version} is not supported")
+    return npy.read_array_header_1_0(handle)
 
 
 def _track(arrays: dict[str, NDArray[Any]], name: str, given: str | None) -> FeatureTrack | None:
