@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mse_runtime import background, kept_prefix
+from mse_runtime import background, heap, kept_prefix
 from mse_runtime.bundle import Bundle, Task, load_bundle
 from mse_runtime.bundle.hub import resolve_bundle
 from mse_runtime.errors import UsageError
