@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from fault_tools import CLIP, batch_list, command, json_lines, tiny_disk
+from fault_tools import CLIP, ROOT, batch_list, command, json_lines, tiny_disk
 from make_fixtures import Shape, synthetic_gguf
 
 from mse_runtime import cache, memory
@@ -302,3 +303,30 @@ def test_nothing_is_known_where_there_is_no_proc(
         monkeypatch.setattr(memory, name, tmp_path)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)
     assert memory.available() == 0
+
+
+# -- the page itself ---------------------------------------------------------------------------
+
+
+def test_every_test_that_the_table_names_is_there() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text("utf-8")
+    tests = {
+        path.name: set(re.findall(r"^def (test_\w+)", path.read_text("utf-8"), re.MULTILINE))
+        for path in (ROOT / "tests").glob("test_*.py")
+    }
+    everywhere = set().union(*tests.values())
+    cells = [line.rsplit("|", 2)[1] for line in text.splitlines() if line.startswith("| ")]
+    assert len(cells) > 30
+    for cell in cells[1:]:
+        names = re.findall(r"`([^`]+)`", cell)
+        assert names, cell
+        file = ""
+        for name in names:
+            before, _, after = name.rpartition("::")
+            file = before or file
+            if name.endswith(".py"):
+                assert name in tests, name
+                continue
+            among = tests[before or file] if "::" in name else everywhere
+            pattern = after.replace("*", r"\w+")
+            assert any(re.fullmatch(pattern, test) for test in among), name
