@@ -78,6 +78,11 @@ class Layout:
         return len(self.readout.trie.tokens)
 
     @property
+    def n_logits(self) -> int:
+        """Rows of logits that an answer takes: after the prompt and at each branch of the trie."""
+        return 1 + int(self.readout.trie.branches.sum())
+
+    @property
     def n_tail(self) -> int:
         """Positions that wait for the features."""
         prompt = self.prompt
@@ -165,17 +170,18 @@ class Raw:
             raise SystemExit("llama.cpp made no second context: not enough memory")
         self.memory = lib.llama_get_memory(self.context)
 
-    def decode(self, *counts: int) -> float:
-        """Seconds of one `llama_decode` for each count of tokens, from an empty cache."""
-        batches = [(np.arange(n) * 37 % self.n_vocab).astype(np.int32) for n in counts if n]
+    def decode(self, n: int, n_logits: int = 1) -> float:
+        """Seconds of one `llama_decode` of `n` tokens, logits for the last `n_logits` of them."""
         lib = self.lib
+        ids = (np.arange(n) * 37 % self.n_vocab).astype(np.int32)
+        flags = (np.arange(n) >= n - n_logits).astype(np.int8)
         begun = time.perf_counter()
         lib.llama_memory_clear(self.memory, False)
-        for ids in batches:
-            pointer = ids.ctypes.data_as(ctypes.POINTER(lib.llama_token))
-            if lib.llama_decode(self.context, lib.llama_batch_get_one(pointer, len(ids))):
-                raise SystemExit("llama_decode failed")
-            lib.llama_get_logits_ith(self.context, -1)[0]
+        batch = lib.llama_batch_get_one(ids.ctypes.data_as(ctypes.POINTER(lib.llama_token)), n)
+        batch.logits = flags.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
+        if lib.llama_decode(self.context, batch):
+            raise SystemExit("llama_decode failed")
+        lib.llama_get_logits_ith(self.context, -1)[0]
         return time.perf_counter() - begun
 
     def close(self) -> None:

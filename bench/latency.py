@@ -4,8 +4,8 @@
 
 Rows
   answer            warm, from features and text to the answer; `greedy` as the published code does
-  raw llama.cpp     one `llama_decode` of as many positions: the floor; with the readout's positions
-                    as a second one
+  raw llama.cpp     one `llama_decode` of as many positions (and rows of logits): the floor, without
+                    and with the readout's positions
   split             the same answer by tokens / embeddings / tokens, three passes
   transformers      the same shape in PyTorch: inputs_embeds, torch adapter, generate
   after features    from the moment the features are ready; model loaded, text known
@@ -70,7 +70,9 @@ def warm(pair: Pair, args: argparse.Namespace, write: Writer) -> None:
     cases: dict[str, Callable[[], float]] = {
         "answer, published layout": old.answer,
         "raw llama.cpp, prompt": lambda: raw.decode(old.n_prompt),
-        "raw llama.cpp, prompt and readout": lambda: raw.decode(old.n_prompt, old.n_readout),
+        "raw llama.cpp, prompt and readout": lambda: raw.decode(
+            old.n_prompt + old.n_readout, old.n_logits
+        ),
         "after features, published layout": old.after_features,
         "after features, pseudo-last": new.after_features,
     }
@@ -132,8 +134,14 @@ def _ratios(samples: dict[str, list[float]], about: dict[str, Any], write: Write
 
 
 def cold(pair: Pair, args: argparse.Namespace, write: Writer) -> None:
-    """New processes: `mse-run` on a clip, and its parts alone."""
+    """New processes: `mse-run` on a clip, and its parts alone.
+
+    All but the first ever find the constant part of the prompt in the cache folder; one case
+    deletes it each time.
+    """
+    from mse_runtime import kept_prefix
     from mse_runtime.bundle import load_bundle
+    from mse_runtime.cache import cache_dir
     from mse_runtime.features.npz import save_npz
 
     threads = str(args.threads or 0)
@@ -149,6 +157,13 @@ def cold(pair: Pair, args: argparse.Namespace, write: Writer) -> None:
             )
             tails.append(sum(found["timing_ms"][k] for k in ("adapter", "readout")) / 1e3)
             return took
+
+        def forgetful() -> float:
+            for kept in (cache_dir() / kept_prefix.FOLDER).glob("*.kv"):
+                kept.unlink()
+            return mse_run(str(CLIP), TEXT, "--bundle", str(pair.pseudo_last), "--jsonl", *common)[
+                0
+            ]
 
         def published() -> float:
             return mse_run(
@@ -166,6 +181,7 @@ def cold(pair: Pair, args: argparse.Namespace, write: Writer) -> None:
             return float(ms["total"]) / 1e3
 
         cases = {
+            "process, clip to answer, nothing kept": forgetful,
             "process, clip to answer (pseudo-last)": whole,
             "process, loading alone": lambda: run(str(pair.pseudo_last), threads, code=LOAD)[0],
             "process, features alone": feature_part,

@@ -84,7 +84,8 @@ class Trie:
         """With a twin of the last node where that is cheaper than without.
 
         llama.cpp multiplies repacked weights with four rows at a time and with what is left one
-        by one, at more than twice the cost: three are dearer than four (bench/overhead.py --sizes).
+        by one, at more than twice the cost: three are dearer than four (compare `--positions 23`
+        and 24 of bench/overhead.py).
         """
         missing_one = (n_before + len(self)) % ROWS_TOGETHER == ROWS_TOGETHER - 1
         if not (len(self) and missing_one and len(self.leaves) < max_leaves):
