@@ -344,3 +344,25 @@ def test_lists_of_anything_never_crash(
     except UsageError:
         return
     assert [row.index for row in rows] == list(range(len(rows)))
+
+
+def test_kill_9_leaves_no_temporary_folder(tmp_path: Path) -> None:
+    """What a killed batch cannot remove any more, its feature processes do."""
+    code = (
+        "import os, signal\n"
+        "from mse_runtime.batch.pool import FeaturePool\n"
+        "pool = FeaturePool(1, 60, 4096)\n"
+        f"pool.submit({REQUEST!r}).result()\n"
+        "print(len(os.listdir(os.environ['TMPDIR'])), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    assert done.stdout == "1\n", done.stderr
+    for _ in range(600):  # its child sees the end of its input, a moment later
+        if not list(tmp_path.iterdir()):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"left behind: {list(tmp_path.iterdir())}")
