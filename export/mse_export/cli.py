@@ -99,7 +99,13 @@ def _list(context: click.Context, _parameter: click.Parameter, value: bool) -> N
     metavar="FOLDER",
     help="ResNet or CLIP folder, exported into the bundle as the face features.",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="The bundle.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The bundle. Default: a folder here, such as llama2-7b-mosei.",
+)
 @click.option("--name", help="The bundle's name. Default: the folder's.")
 @click.option("--no-verify", is_flag=True, help="Skip the comparison with the reference.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
