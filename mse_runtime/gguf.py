@@ -86,7 +86,7 @@ class Gguf:
         if scan.data[:4] != MAGIC:
             raise BackboneError(
                 f"{self.path} is not a GGUF file (it starts with {scan.data[:4]!r}). The language "
-                "model must be in GGUF format: see `mse-export backbone --help`."
+                "model must be in GGUF format: see `mse-export --help`."
             )
         scan.at = 4
         self.version = scan.u32("the header")

@@ -81,19 +81,18 @@ def _prefix(raw: Mapping[str, Tensor], path: Path) -> str:
 
 
 def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    # Checked here, since torch takes any text for a pickle and answers with its error codes.
+    with path.open("rb") as file:
+        if not file.read(4).startswith((b"PK", b"\x80")):
+            raise _unreadable(path, ValueError("it is not a file of torch.save"))
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch's words are the same for whatever is no pickle at all.
-        with path.open("rb") as file:
-            pickled = file.read(4).startswith((b"PK", b"\x80"))
-        if pickled or "GLOBAL" in str(error):
-            raise BundleError(
-                f"{path} is a pickle that contains more than tensors, so opening it could run "
-                "code. It was refused and nothing in it was executed. Save the state dict alone: "
-                "torch.save(model.state_dict(), FILE)."
-            ) from error
-        raise _unreadable(path, error) from error
+        raise BundleError(
+            f"{path} is a pickle that contains more than tensors, so opening it could run code. It "
+            "was refused and nothing in it was executed. Save the state dict alone: "
+            "torch.save(model.state_dict(), FILE)."
+        ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
         raise _unreadable(path, error) from error
     for key in ("state_dict", "model_state_dict", "model"):
