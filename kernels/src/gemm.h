@@ -27,10 +27,16 @@ constexpr int kLine = 16;  // floats of a cache line
 // otherwise writes all of them to the stack and back around every tile.
 #define MSE_UNROLL _Pragma("GCC unroll 8")
 
-// later: rows of a next call, a line of which is fetched with each line of x, or null.
+// Rows of a next call, fetched while this one computes: a panel takes every `turns`th row of a tile,
+// so that memory is read evenly all the time.
+struct Ahead {
+  const float *rows;  // null: none
+  int turn, turns;
+};
+
 template <int S, int M>
 inline void tile(const typename Stored<S>::T *w, const float *x, size_t ldx, int K, const float *init,
-                 size_t ldi, float *c, size_t ldc, const float *later) {
+                 size_t ldi, float *c, size_t ldc, Ahead ahead) {
   V a[M][4];
   MSE_UNROLL
   for (int i = 0; i < M; i++) {
@@ -38,8 +44,9 @@ inline void tile(const typename Stored<S>::T *w, const float *x, size_t ldx, int
     for (int j = 0; j < 4; j++) a[i][j] = load(init + i * ldi + j * W);
   }
   for (int k = 0; k < K; k++, w += kPanel) {
-    if (later && k % kLine == 0)
-      for (int i = 0; i < M; i++) __builtin_prefetch(later + i * ldx + k, 0, 2);
+    if (ahead.rows && k % kLine == 0)
+      for (int i = ahead.turn; i < M; i += ahead.turns)
+        __builtin_prefetch(ahead.rows + i * ldx + k, 0, 2);
     const V w0 = Stored<S>::at(w), w1 = Stored<S>::at(w + W);
     const V w2 = Stored<S>::at(w + 2 * W), w3 = Stored<S>::at(w + 3 * W);
     MSE_UNROLL
@@ -60,17 +67,17 @@ inline void tile(const typename Stored<S>::T *w, const float *x, size_t ldx, int
 
 template <int S, int M>
 inline void tail(int rows, const typename Stored<S>::T *w, const float *x, size_t ldx, int K,
-                 const float *init, size_t ldi, float *c, size_t ldc, const float *later) {
+                 const float *init, size_t ldi, float *c, size_t ldc, Ahead ahead) {
   if (rows == M)
-    tile<S, M>(w, x, ldx, K, init, ldi, c, ldc, later);
+    tile<S, M>(w, x, ldx, K, init, ldi, c, ldc, ahead);
   else if constexpr (M > 1)
-    tail<S, M - 1>(rows, w, x, ldx, K, init, ldi, c, ldc, later);
+    tail<S, M - 1>(rows, w, x, ldx, K, init, ldi, c, ldc, ahead);
 }
 
-// follow: rows that lie behind the M of this call and are the next call's, fetched ahead.
+// later: `follow` rows of the next call, laid out as x.
 template <int S>
 void panels(const Packed &p, int first, int last, const float *x, size_t ldx, int M, float *c,
-            size_t ldc, int64_t follow) {
+            size_t ldc, const float *later, int follow) {
   for (int q = first; q < last; q++) {
     const auto *w = static_cast<const typename Stored<S>::T *>(p.data) +
                     static_cast<size_t>(q) * p.K * kPanel;
@@ -83,9 +90,10 @@ void panels(const Packed &p, int first, int last, const float *x, size_t ldx, in
         float *o = out + m * ldc;
         const float *init = k ? o : p.bias + static_cast<size_t>(q) * kPanel;
         const int rows = M - m < step ? M - m : step;
-        const float *later = q == first && m + rows <= follow ? x + (M + m) * ldx + k : nullptr;
+        const Ahead ahead = {m + rows <= follow ? later + m * ldx + k : nullptr, q - first,
+                             last - first};
         tail<S, kRows>(rows, w + static_cast<size_t>(k) * kPanel, x + m * ldx + k, ldx, n, init,
-                       k ? ldc : 0, o, ldc, later);
+                       k ? ldc : 0, o, ldc, ahead);
       }
     }
   }
@@ -94,9 +102,9 @@ void panels(const Packed &p, int first, int last, const float *x, size_t ldx, in
 void linear(const Packed &p, int first, int last, const float *x, size_t ldx, int M, float *c,
             size_t ldc) {
   if (p.storage == 1)
-    panels<1>(p, first, last, x, ldx, M, c, ldc, 0);
+    panels<1>(p, first, last, x, ldx, M, c, ldc, nullptr, 0);
   else if (p.storage == 2)
-    panels<2>(p, first, last, x, ldx, M, c, ldc, 0);
+    panels<2>(p, first, last, x, ldx, M, c, ldc, nullptr, 0);
   else
-    panels<0>(p, first, last, x, ldx, M, c, ldc, 0);
+    panels<0>(p, first, last, x, ldx, M, c, ldc, nullptr, 0);
 }

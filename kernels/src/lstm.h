@@ -88,6 +88,12 @@ inline bool passed(const float *gates, size_t stride, int n) {
   return sum(bad) == 0.0f;
 }
 
+// Steps from t0 on that a chunk holds.
+inline int part(int64_t len, int64_t t0, int chunk) {
+  const int64_t left = len - t0;
+  return left < 0 ? 0 : left > chunk ? chunk : static_cast<int>(left);
+}
+
 int lstm(const Lstm &w, int nb, const float *const *x, const int64_t *len, float *scratch,
          float *const *h_out) {
   const size_t state = static_cast<size_t>(kGroup) * w.Hp;
@@ -100,12 +106,16 @@ int lstm(const Lstm &w, int nb, const float *const *x, const int64_t *len, float
   for (int64_t t0 = 0; t0 < len[0]; t0 += w.chunk) {
     int n[kGroup];
     for (int b = 0; b < nb; b++) {
-      const int64_t left = len[b] - t0;
-      n[b] = left < 0 ? 0 : left > w.chunk ? w.chunk : static_cast<int>(left);
+      n[b] = part(len[b], t0, w.chunk);
       if (n[b] == 0) continue;
       const float *rows = x[b] + t0 * D;
+      // The next rows: of the next sequence, or of the first one's next chunk.
+      const bool more = b + 1 < nb && len[b + 1] > t0;
+      const int c = more ? b + 1 : 0;
+      const int64_t u0 = more ? t0 : t0 + w.chunk;
       float *own = gates + static_cast<size_t>(b) * w.chunk * w.in.Np;
-      panels<0>(w.in, 0, w.in.Np / kPanel, rows, D, n[b], own, w.in.Np, left - n[b]);
+      panels<0>(w.in, 0, w.in.Np / kPanel, rows, D, n[b], own, w.in.Np, x[c] + u0 * D,
+                part(len[c], u0, w.chunk));
       if (!passed(own, w.in.Np, n[b]) && !finite(rows, static_cast<size_t>(n[b]) * D)) return b;
     }
     int t = 0;
