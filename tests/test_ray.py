@@ -35,7 +35,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         object_store_memory=100 << 20, configure_logging=False,
         runtime_env={"env_vars": {"PYTHONPATH": paths, "MSE_CACHE": cache}},
     )  # fmt: skip
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.wait_for_min_actors_s = 120  # both workers are there before the first row
     yield
     ray.shutdown()
 
