@@ -2,6 +2,7 @@
 # make test   the whole test suite
 # make lint   ruff and mypy
 # make bench  every benchmark, writes BENCHMARKS.md
+# make fuzz   every fuzzer, MINUTES=5 each
 #
 # PYTHON=python3.12 make demo   another interpreter (>= 3.11)
 # CMAKE_ARGS=-DGGML_CUDA=on make demo   llama.cpp with CUDA
@@ -30,7 +31,7 @@ REBUILD := $(if $(filter-out $(LLAMA),$(wildcard $(VENV)/.llama-*)),--force-rein
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find kernels -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
 
-.PHONY: demo test check lint bench clean
+.PHONY: demo test check lint bench fuzz clean
 demo: $(VENV)/.runtime
 	$(BIN)/mse-run examples/happy.mp4 "I am really happy with how this turned out. Thank you so much for everything."
 
@@ -48,6 +49,10 @@ lint: $(VENV)/.everything
 
 bench: $(VENV)/.everything
 	$(BIN)/python bench/report.py
+
+# Every fuzzer, MINUTES each: what crashes is kept as a seed.
+fuzz: $(VENV)/.everything
+	$(BIN)/python -m tests.fuzz all --minutes $(or $(MINUTES),5)
 
 clean:
 	rm -rf $(VENV) build dist
@@ -79,5 +84,5 @@ $(VENV)/.torch: $(VENV)/.venv
 	@touch $@
 
 $(VENV)/.everything: $(VENV)/.runtime $(VENV)/.torch constraints/torch-cpu.txt
-	$(PIP) install -q -c constraints/torch-cpu.txt -e '.[cpu,llama,plot,export,test]'
+	$(PIP) install -q -c constraints/torch-cpu.txt -e '.[cpu,llama,plot,export,ray,test]'
 	@touch $@
