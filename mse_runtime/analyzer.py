@@ -41,6 +41,8 @@ __all__ = ["Analyzer"]
 
 Parity = Literal["published"]
 Rows = NDArray[np.float32]
+SMALL_PASS = 16
+"""Positions of a pass after `shrink`: a fraction of a prompt's, and still above one token."""
 # Stages of `extract`, as the result names them.
 STAGES = {"probe": "decode", "decode": "decode", "audio": "features", "face": "features"}
 
@@ -206,6 +208,12 @@ class Analyzer:
         with self._turn:
             self._constant = np.empty(0, np.int32)
             self._backbone.result().clear()
+
+    def shrink(self) -> None:
+        """After the language model failed: a new, empty KV cache and smaller passes from now on."""
+        with self._turn:
+            self._constant = np.empty(0, np.int32)
+            self._backbone.result().shrink(SMALL_PASS)
 
     @property
     def plan(self) -> Plan:

@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "BackboneError",
     "BundleError",
+    "DecodeError",
     "DeviceError",
     "MSEError",
     "MediaError",
@@ -50,3 +51,7 @@ class BackboneError(MSEError):
     """The language model cannot be loaded or refused a batch (exit code 6)."""
 
     exit_code = 6
+
+
+class DecodeError(BackboneError):
+    """A pass that llama.cpp itself gave up: it may go through with less in memory."""

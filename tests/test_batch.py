@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,12 +20,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mse_runtime import Analyzer
+from mse_runtime.backbone import library
 from mse_runtime.batch.export import convert, journal_path
 from mse_runtime.batch.journal import Journal
 from mse_runtime.batch.pool import FeaturePool
 from mse_runtime.batch.rows import Row, read_rows
 from mse_runtime.batch.run import run
-from mse_runtime.errors import BackboneError, MediaError, UsageError
+from mse_runtime.errors import DecodeError, MediaError, UsageError
+from mse_runtime.features.npz import load_npz
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIP = ROOT / "examples" / "happy.mp4"
@@ -258,7 +261,7 @@ def test_a_backbone_failure_is_tried_once_more(
     def failing(*args: Any, **kwargs: Any) -> Any:
         calls.append(args[1])
         if calls.count(args[1]) == 1 or args[1] == rows[2].text:
-            raise BackboneError("llama_decode failed (simulated)")
+            raise DecodeError("llama_decode failed (simulated)")
         return usual(*args, **kwargs)
 
     monkeypatch.setattr(analyzer, "analyze_features", failing)
@@ -266,6 +269,66 @@ def test_a_backbone_failure_is_tried_once_more(
         outcome = run(analyzer, rows, journal, pool)
     assert outcome.failed == 1
     assert [("error" in entry) for entry in lines(tmp_path / "out.jsonl")] == [False, False, True]
+
+
+class ShortOfMemory:
+    """llama.cpp, whose `llama_decode` fails for more than `room` positions, as on a full device."""
+
+    def __init__(self, lib: Any, room: int) -> None:
+        self._lib, self._room = lib, room
+        self.failed: list[int] = []
+        self.passed: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._lib, name)
+
+    def llama_decode(self, context: Any, batch: Any) -> int:
+        if batch.n_tokens > self._room:
+            self.failed.append(batch.n_tokens)
+            return -2
+        self.passed.append(batch.n_tokens)
+        return int(self._lib.llama_decode(context, batch))
+
+
+@pytest.mark.parametrize("room", [20, 10])
+def test_a_failed_decode_is_tried_in_smaller_passes(
+    room: int, pool: FeaturePool, tmp_path: Path
+) -> None:
+    rows = feature_rows(tmp_path, 3)
+    with Analyzer.open("tiny", adapter="onnx") as analyzer:
+        usual = [
+            analyzer.analyze_features(load_npz(row.source), row.text).answer.probabilities
+            for row in rows
+        ]
+        backbone: Any = analyzer._backbone.result()
+        backbone._lib = lib = ShortOfMemory(backbone._lib, room)
+        with Journal(tmp_path / "out.jsonl", rows) as journal:
+            outcome = run(analyzer, rows, journal, pool)
+        backbone._lib = lib._lib
+        assert backbone.length() == len(analyzer._constant)
+    found = lines(tmp_path / "out.jsonl")
+    if room == 20:  # the first row is tried twice; after it every pass is small
+        assert outcome.failed == 0
+        assert len(lib.failed) == 1
+        assert max(lib.passed) <= 16
+        for entry, expected in zip(found, usual, strict=True):
+            assert entry["probabilities"] == pytest.approx(expected, abs=1e-3)
+    else:  # not even that fits: twice for each row, then an error row
+        assert [entry["error"]["type"] for entry in found] == ["DecodeError"] * 3
+        assert len(lib.failed) == 6
+
+
+def test_smaller_passes_take_less_memory(tmp_path: Path) -> None:
+    def compute_buffer(lines: list[str]) -> float:
+        sizes = [re.search(r"compute buffer size = +([\d.]+) MiB", line) for line in lines]
+        return sum(float(found[1]) for found in sizes if found)
+
+    with Analyzer.open("tiny", adapter="onnx") as analyzer:
+        analyzer.ready()
+        usual = compute_buffer(library.log_lines())
+        mark = library.log_mark()
+        analyzer.shrink()
+        assert 0 < compute_buffer(library.log_lines(mark)) < usual
 
 
 def test_a_full_disk_is_said_and_nothing_is_lost(tmp_path: Path) -> None:

@@ -37,6 +37,8 @@ class Options:
     flash_attention: bool | None = None
     n_outputs_max: int = 32
     tree_width: int = 16
+    max_batch: int = 1 << 20
+    """Positions of one `llama_decode`; `Sequences.shrink` lowers it."""
 
     def checked(self) -> Options:
         """The same with defaults filled in and `n_ctx` rounded up to llama.cpp's step of 256."""
@@ -188,8 +190,8 @@ def make_context(lib: Any, model: Any, options: Options) -> Any:
     mark = library.log_mark()
     params = lib.llama_context_default_params()
     params.n_ctx = options.n_ctx
-    params.n_batch = options.n_ctx
-    params.n_ubatch = min(options.n_ctx, 512)
+    params.n_batch = min(options.n_ctx, options.max_batch)
+    params.n_ubatch = min(params.n_batch, 512)
     params.n_seq_max = options.n_seq_max + options.tree_width
     params.n_outputs_max = options.n_outputs_max
     params.n_threads = params.n_threads_batch = options.threads

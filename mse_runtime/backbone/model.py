@@ -16,7 +16,7 @@ from mse_runtime.backbone.batch import Entries, Inputs, make_batch
 from mse_runtime.backbone.loading import Handles, Options, load_model
 from mse_runtime.backbone.sequences import Sequences
 from mse_runtime.backbone.text import Speller
-from mse_runtime.errors import BackboneError
+from mse_runtime.errors import BackboneError, DecodeError
 from mse_runtime.gguf import Gguf
 
 __all__ = ["Backbone"]
@@ -329,11 +329,11 @@ class Backbone(Sequences):
         if code == 0:
             return
         if code == 1:
-            raise BackboneError(
+            raise DecodeError(
                 f"The KV cache has no room for {len(entries)} more positions (n_ctx {self.n_ctx}, "
                 "shared by all sequences). Clear or truncate some, or open with a larger n_ctx."
             )
-        raise BackboneError(
+        raise DecodeError(
             f"llama.cpp refused a batch of {len(entries)} (code {code}): "
             f"{library.log_errors(mark) or 'no reason given'}. Clear the sequence and try again; "
             "if it stays, run mse-doctor."

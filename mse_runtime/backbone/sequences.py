@@ -81,6 +81,19 @@ class Sequences:
                 self.load_state(seq, saved)
             return True
 
+    def shrink(self, positions: int) -> None:
+        """Start over with an empty cache and at most `positions` in one pass, for good.
+
+        The buffers of a pass grow with its positions: where memory ran out, this may still fit,
+        only slower. Logits change in their last digits. What is there is freed first.
+        """
+        with self._lock:
+            self._check_open()
+            options = replace(self._options, max_batch=min(positions, self._options.max_batch))
+            self._lib.llama_free(self._context)
+            self._context = self._memory = None
+            self._adopt(make_context(self._lib, self._model, options), options)
+
     def _check_seq(self, seq: int) -> None:
         if isinstance(seq, bool) or not isinstance(seq, int | np.integer):
             raise BackboneError(f"A sequence id is a whole number, not {seq!r}.")
