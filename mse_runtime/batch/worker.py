@@ -26,21 +26,19 @@ __all__ = ["main"]
 
 def main() -> None:
     limit_memory(int(sys.argv[1]) << 20)
-    parent = os.getppid()
     # Libraries that print to stdout must not be taken for replies.
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     target: Path | None = None
-    try:
-        for line in sys.stdin:
-            request = json.loads(line)
-            target = Path(request["target"])
-            print(json.dumps(answer(request)), file=replies, flush=True)
-    finally:
-        if target is not None and os.getppid() != parent:
-            with suppress(OSError):  # it was killed: its temporary folder is ours to remove
-                target.unlink(missing_ok=True)
-                target.parent.rmdir()  # by the last of its children
+    for line in sys.stdin:
+        request = json.loads(line)
+        target = Path(request["target"])
+        print(json.dumps(answer(request)), file=replies, flush=True)
+    if target is not None:
+        # Requests only end where the parent was killed: its temporary folder is ours to remove.
+        with suppress(OSError):
+            target.unlink(missing_ok=True)
+            target.parent.rmdir()  # by the last of its children
 
 
 def limit_memory(memory: int) -> None:
