@@ -87,6 +87,23 @@ def _baselines(found: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _faint(found: Mapping[str, Any]) -> list[str]:
+    return [
+        "## On actors who show less",
+        "",
+        "The figures above owe something to how clearly the actors show what they feel: every",
+        "face's action units are exaggerated by 0 to 30 %. Here they are scaled by",
+        f"{found['strength']:.2f}, with labels as if they were not: {found['clips']} clips of"
+        f" {found['identities']} other actors,",
+        f"{found['contradicted']} with media against the words. No such clip was trained on.",
+        "",
+        *_conditions(found["conditions"]),
+        "",
+        *_baselines(found),
+        "",
+    ]
+
+
 def _portrait(found: Mapping[str, Any]) -> list[str]:
     return [
         "## On a held-out generator",
@@ -100,7 +117,20 @@ def _portrait(found: Mapping[str, Any]) -> list[str]:
         "",
         *_conditions(found["conditions"]),
         "",
+        *_worse(found["conditions"]),
         *_baselines(found),
+        "",
+    ]
+
+
+def _worse(table: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
+    """Says so where a face and a voice do harm."""
+    words, whole = table["text only (both media missing)"], table["all"]
+    if whole["emotion"][0] >= words["emotion"][0]:
+        return []
+    return [
+        "**Emotions come out worse here with face and voice than from the words alone**: which",
+        "negative or neutral face it is does not carry over from drawings, only good from bad.",
         "",
     ]
 
@@ -225,6 +255,7 @@ def _missing(report: Mapping[str, Any]) -> list[str]:
         "  to expect that the voice's part does not transfer at all.",
         "- Another synthesiser: espeak-ng spoke all sentences, those of the photograph too.",
     ]
+    out += [f"- {note}" for note in report.get("notes", [])]
     if not report.get("ablations"):
         out.append("- Ablations: not run for this card (`mse-train tiny --until ablate`).")
     if not report.get("meld"):
@@ -262,6 +293,7 @@ def write_card(path: Path, report: Mapping[str, Any]) -> None:
         "",
         *_times(report.get("times")),
         *_actors(report["test"]),
+        *_faint(report["faint"]),
         *_portrait(report["portrait"]),
         *_ablations(report.get("ablations")),
         *_meld(report.get("meld")),

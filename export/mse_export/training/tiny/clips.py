@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ class ClipSpec:
     seed: int
     held_out: bool
     """Whether the voice is one of those never trained on."""
+    strength: float = 1.0
+    """How strongly the face shows what the label says it feels."""
 
     @property
     def sentiment(self) -> float:
@@ -109,6 +111,7 @@ def plan(
 def act(spec: ClipSpec) -> Clip:
     """The performance of a clip, not yet drawn."""
     actor = make_actor(spec.identity, HELD_OUT_VOICES if spec.held_out else TRAINING_VOICES)
+    actor = replace(actor, expressiveness=actor.expressiveness * spec.strength)
     return perform(actor, spec.text, spec.media, spec.seed)
 
 

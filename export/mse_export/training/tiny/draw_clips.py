@@ -25,7 +25,7 @@ def _end_with(parent: int) -> None:
 
 
 def main(work: Path, scale: str, workers: int) -> None:
-    """Features of the validation and training clips, then both kinds of test clips as .mp4."""
+    """Features of the validation and training clips, then every kind of test clips as .mp4."""
     from mse_export.training.tiny.clips import render_all, write_all
     from mse_export.training.tiny.portrait import Person
     from mse_export.training.tiny.workspace import SCALES, Run
@@ -35,7 +35,8 @@ def main(work: Path, scale: str, workers: int) -> None:
     run = Run(work=work, out=work, scale=SCALES[scale])
     for split in ("valid", "train"):
         render_all(run.specs(split), work / "clips", split, workers=workers)
-    write_all(run.specs("test"), work / "test")
+    for split in ("test", "faint"):
+        write_all(run.specs(split), work / split)
     write_all(run.specs("portrait"), work / "portrait", functools.cache(Person))
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mse_runtime.analyzer import Analyzer
     from mse_runtime.features.spec import Features, FeatureTrack
 
-__all__ = ["CONDITIONS", "evaluate"]
+__all__ = ["CONDITIONS", "evaluate", "examine"]
 
 _LOG = logging.getLogger(__name__)
 #: Row of the card -> what is taken away from the whole clip.
@@ -137,6 +137,16 @@ def _about(specs: Sequence[rendering.ClipSpec], whole: Answers) -> dict[str, Any
     }
 
 
+def examine(run: Run, analyzer: Analyzer, split: str) -> dict[str, Any]:
+    """Figures on one set of test clips; the controls only on the first."""
+    specs = run.specs(split)
+    features = _features(analyzer, specs, run.work / split)
+    each = run.scale.test[1]
+    table, whole = _table(analyzer, specs, features, each, controls=split == "test")
+    about = {**_about(specs, whole), "strength": specs[0].strength}
+    return {**about, "conditions": table}
+
+
 def evaluate(run: Run) -> dict[str, Any]:
     """Every figure of the card."""
     from mse_export.training.tiny.checkpoint import load_model
@@ -154,11 +164,8 @@ def evaluate(run: Run) -> dict[str, Any]:
             "training_clips": len(training),
             "training_identities": len({item.identity for item in training}),
         }
-        for split, each in (("test", run.scale.test[1]), ("portrait", run.scale.portrait[1])):
-            specs = run.specs(split)
-            features = _features(analyzer, specs, run.work / split)
-            table, whole = _table(analyzer, specs, features, each, controls=split == "test")
-            report[split] = {**_about(specs, whole), "conditions": table}
+        for split in ("test", "portrait", "faint"):
+            report[split] = examine(run, analyzer, split)
         report["language"] = validate_text(load_model(run.work / "slots.pt"), run.processor())
         report["meld"] = meld(analyzer, run.text_data) if run.text_data else None
         report["real"] = real_clips(analyzer, run.real_clips) if run.real_clips else None

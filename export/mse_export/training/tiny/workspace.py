@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mse_export.training.tiny.clips import ClipSpec, plan
 from mse_export.training.tiny.schedule import AdapterSchedule, Schedule, TinyConfig
 
-__all__ = ["SCALES", "Run", "Scale"]
+__all__ = ["FAINT", "SCALES", "Run", "Scale"]
+
+#: Strength of a faint expression, as a share of what is usual.
+FAINT = 0.75
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class Scale:
     test: tuple[int, int]
     portrait: tuple[int, int]
     """Clips of the held-out generator."""
+    faint: tuple[int, int]
+    """Clips of actors who show less than any in training."""
     adapter: AdapterSchedule
     fresh: int
     """Sentences that clips' media are paired with."""
@@ -44,6 +49,7 @@ _FULL = Scale(
     validation=(80, 3),
     test=(120, 3),
     portrait=(40, 2),
+    faint=(40, 3),
     adapter=AdapterSchedule(),
     fresh=20_000,
     trained=True,
@@ -57,6 +63,7 @@ _SMALL = Scale(
     validation=(2, 2),
     test=(2, 2),
     portrait=(1, 2),
+    faint=(1, 2),
     adapter=AdapterSchedule(steps=10, batch=8, warm_up=10),
     fresh=200,
     trained=False,
@@ -96,7 +103,12 @@ class Run:
         if split == "test":
             return test
         said |= {c.text for c in test}
-        return plan("portrait", *self.scale.portrait, seed=4, held_out=True, avoid=said)
+        portrait = plan("portrait", *self.scale.portrait, seed=4, held_out=True, avoid=said)
+        if split == "portrait":
+            return portrait
+        said |= {c.text for c in portrait}
+        faint = plan("faint", *self.scale.faint, seed=5, held_out=True, avoid=said)
+        return [replace(spec, strength=FAINT) for spec in faint]
 
     def material(self) -> dict[str, Any]:
         """What fitting an adapter needs: items of both splits, statistics, fresh sentences."""
