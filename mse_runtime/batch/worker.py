@@ -65,6 +65,10 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:
         text = f"{request['path']}: {type(error).__name__}: {error}"
         return {"error": {"type": "MediaError", "message": text}}
+    if features.audio is None and features.face is None:
+        why = "; ".join(features.warnings)
+        text = f"{request['path']}: neither sound nor picture of it could be used ({why})."
+        return {"error": {"type": "MediaError", "message": text}}
     try:
         save_npz(target, features)
     except MSEError as error:
