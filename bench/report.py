@@ -63,7 +63,7 @@ def extra_steps(quick: bool) -> list[Step]:
     few = "3" if quick else "5"
     return [
         Step("features.py", ("--repeat", few, "--short")),
-        Step("adapter.py", ("--quick", "--shapes", "mosei", "simsv2")),
+        Step("adapter.py", ("--quick",)),
     ]
 
 
