@@ -89,7 +89,11 @@ def test_tokeniser_equals_the_folders_own(
     encode = reference_tokenizer(folders[kind], arch)
     strings = sample_strings(1000)
     with Backbone.open(ggufs[kind], n_ctx=256, threads=1, low_memory=True) as model:
-        control = {i for i, t in enumerate(Gguf.open(ggufs[kind]).array(TYPES)) if t == 3}
+        gguf = Gguf.open(ggufs[kind])
+        control = {i for i, t in enumerate(gguf.array(TYPES)) if t == 3}
+        spelled = [gguf.array("tokenizer.ggml.tokens")[i] for i in sorted(control)]
+        assert len(spelled) >= 2
+        strings += [f.format(s) for s in spelled for f in ("{}", "{0}{0}", "I love{} it", " {}\n")]
         if arch in ("qwen", "qwen2"):  # their tokenisers do, and the runtime's prompt
             strings = [unicodedata.normalize("NFC", text) for text in strings]
         found = {text: model.tokenize(text).tolist() for text in strings}

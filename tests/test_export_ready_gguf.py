@@ -1,7 +1,14 @@
-"""GGUF files of architectures that mse-export has no converter for, brought ready by the user."""
+"""Ready GGUF files: the user's own, of architectures without a converter, and the built-in one."""
 
 from __future__ import annotations
 
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +97,42 @@ def test_one_that_cannot_take_rows_is_refused(tmp_path: Path) -> None:
     assert isinstance(result.exception, BackboneError)
     assert "differently from its tokens" in str(result.exception)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
+
+
+@pytest.mark.parametrize(
+    ("options", "layout"),
+    [((), "pseudo-last"), (("--dataset", "mosei", "--layout", "published"), "published")],
+)
+def test_the_built_in_model_by_its_name(
+    options: tuple[str, ...], layout: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result = run("--backbone", "tiny", "--init", "random", *options, "--offline", "-o", out)
+    assert result.exit_code == 0, result.exception
+    assert load_bundle(out).layout == layout
+
+
+def test_the_bar_shows_bytes_and_time_left(tmp_path: Path) -> None:
+    """On a terminal; elsewhere stages are plain lines."""
+    norms = {"attn_q_norm": (WIDTH // HEADS,), "attn_k_norm": (WIDTH // HEADS,)}
+    source = ready_gguf(tmp_path / "m.gguf", "qwen3", norms)
+    parent, child = pty.openpty()
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "mse_export.cli", "--backbone", str(source), "--init", "random",
+            "--quant", "q8_0", "--no-verify", "-o", str(tmp_path / "out"),
+        ],
+        stderr=child, stdout=subprocess.DEVNULL,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "120",
+             "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )  # fmt: skip
+    os.close(child)
+    seen = b""
+    with suppress(OSError):  # the other end is closed
+        while select.select([parent], [], [], 100)[0]:
+            seen += os.read(parent, 65536)
+    os.close(parent)
+    assert process.wait(60) == 0, seen
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode("utf-8"))
+    assert re.search(r"[\d.]+/[\d.]+ [kM]B", shown), shown
+    assert re.search(r"\d:\d\d:\d\d|-:--:--", shown), shown
