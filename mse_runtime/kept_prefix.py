@@ -42,9 +42,10 @@ def restore(backbone: Backbone, bundle: Bundle, ids: NDArray[np.int32]) -> bool:
     path = _path(backbone, bundle, ids)
     try:
         backbone.load_state(0, path.read_bytes())
-        os.utime(path)
     except (OSError, BackboneError):
         return False
+    with suppress(OSError):  # not ours to touch, or gone by now: it has been read all the same
+        os.utime(path)
     if backbone.length(0) == len(ids):
         return True
     backbone.clear(0)
@@ -68,6 +69,7 @@ def _path(backbone: Backbone, bundle: Bundle, ids: NDArray[np.int32]) -> Path:
     from mse_runtime.probe import cpu_id
 
     facts = [backbone.info[name] for name in SETTINGS]
+    facts.append(min(backbone.n_batch, len(ids)))  # after `shrink` sums are cut at other places
     text = repr((bundle.backbone.gguf.sha256, cpu_id(), *facts, ids.tolist()))
     return cache_dir() / FOLDER / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.kv"
 

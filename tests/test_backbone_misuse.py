@@ -67,6 +67,17 @@ def test_a_full_cache(open_toy: Open) -> None:
     backbone.prefill(np.arange(6), seq=1)
 
 
+def test_a_tree_whose_later_pass_finds_no_room(open_toy: Open) -> None:
+    """The first pass has put the inputs into the cache by then: they go again."""
+    backbone = open_toy(tree_width=2)
+    backbone.prefill(np.arange(200), logits="none")
+    chain = [-1, *range(2, 16)]
+    parents = [-1, -1, *chain, -1, *range(17, 31)]  # two short leaves, then two of 15 nodes
+    with pytest.raises(BackboneError, match="no room for 30 more"):
+        backbone.prefill_tree(np.arange(40), np.arange(32), parents)
+    assert backbone.length() == 200
+
+
 @pytest.mark.parametrize("seq", [-1, 3, 1.0, "0", True, 1 << 40])
 def test_sequences_that_do_not_exist(open_toy: Open, seq: Any) -> None:
     backbone = open_toy()

@@ -96,6 +96,34 @@ def test_a_cache_that_cannot_be_written_changes_nothing(
     assert again == computed
 
 
+def test_a_file_that_is_read_but_not_ours_to_touch_is_used_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read-only cache, or another process that removes the file meanwhile."""
+    first, computed = answer()
+
+    def refused(*_: object) -> None:
+        raise PermissionError(1, "not permitted")
+
+    monkeypatch.setattr(kept_prefix.os, "utime", refused)
+    second, again = answer()
+    np.testing.assert_array_equal(first, second)
+    assert again < computed
+
+
+def test_smaller_passes_have_a_file_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer()
+    monkeypatch.setattr("mse_runtime.analyzer.SMALL_PASS", 4)
+    with Analyzer.open("tiny", adapter="onnx", threads=1) as analyzer:
+        analyzer.shrink()
+        analyzer.analyze_features(NOTHING, TEXT)
+        assert len(analyzer._constant) > analyzer._backbone.result().n_batch == 4
+    written()
+    assert len(files(tmp_path)) == 2
+
+
 def test_a_small_model_keeps_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setenv("MSE_CACHE", str(tmp_path / "cache"))

@@ -247,27 +247,33 @@ class Backbone(Sequences):
         are asked for; default all. Returns float32 [1 + k, n_vocab]: the logits after the last
         input, then after each wanted node. The sequence ends with the inputs; the nodes leave no
         trace. Shared beginnings are computed once. More than `tree_width` leaves take more passes.
+        Raises BackboneError, the sequence being left as it was.
         """
         with self._lock:
             self._check_open()
             self._check_seq(seq)
             entered = checks.inputs(inputs, self.n_vocab, self.n_embd)
             trie = tree.Trie.checked(tokens, parents, wanted, self.n_vocab)
-            width, start = self._options.tree_width, self.length(seq)
+            width, before = self._options.tree_width, self.length(seq)
             if len(trie) and not width:
                 raise BackboneError(
                     "This backbone was opened with tree_width=0. Open it with more."
                 )
-            self._check_room(len(entered) + trie.height, start, seq)
+            self._check_room(len(entered) + trie.height, before, seq)
             if not self.info["mapped"]:  # the weights are repacked
                 trie = trie.padded(len(entered), width)
             found = np.empty((1 + trie.n_wanted, self.n_vocab), np.float32)
             row = np.cumsum(trie.wanted)  # where in `found` a wanted node's logits go
-            for wave in trie.waves(width):
-                logits = self._look_ahead(entered, trie, wave, seq, start)
-                rows = row[wave.nodes][trie.wanted[wave.nodes]]
-                found[np.append(0, rows) if len(entered) else rows] = logits
-                start, entered = start + len(entered), entered[:0]  # for the other waves
+            start = before
+            try:
+                for wave in trie.waves(width):
+                    logits = self._look_ahead(entered, trie, wave, seq, start)
+                    rows = row[wave.nodes][trie.wanted[wave.nodes]]
+                    found[np.append(0, rows) if len(entered) else rows] = logits
+                    start, entered = start + len(entered), entered[:0]  # for the other waves
+            except BaseException:  # a later wave: the inputs are in the cache by then
+                self._lib.llama_memory_seq_rm(self._memory, seq, before, -1)
+                raise
             return found
 
     def _look_ahead(
@@ -299,7 +305,7 @@ class Backbone(Sequences):
         done = 0
         try:
             for start, stop in checks.passes(
-                entries.wanted, self._n_batch, self._options.n_outputs_max
+                entries.wanted, self.n_batch, self._options.n_outputs_max
             ):
                 part = entries.part(start, stop)
                 outputs = int(part.wanted.sum())

@@ -22,6 +22,8 @@ class Sequences:
 
     n_ctx: int
     """Positions all sequences share; a position that several sequences share counts once."""
+    n_batch: int
+    """Positions one pass takes; longer inputs are cut into several."""
     n_seq_max: int
     info: dict[str, Any]
     """llama.cpp's version and build, device, threads, buffers in MiB, warnings."""
@@ -39,7 +41,7 @@ class Sequences:
     def _adopt(self, context: Any, options: Options) -> None:
         self._context, self._options = context, options
         self._memory = self._lib.llama_get_memory(context)
-        self._n_batch = int(self._lib.llama_n_batch(context))
+        self.n_batch = int(self._lib.llama_n_batch(context))
         self.n_ctx = int(self._lib.llama_n_ctx(context))
         self.info["n_ctx"] = self.n_ctx
 
