@@ -409,15 +409,18 @@ def test_lists_of_anything_never_crash(
     assert [row.index for row in rows] == list(range(len(rows)))
 
 
-def test_kill_9_leaves_no_temporary_folder(tmp_path: Path) -> None:
-    """What a killed batch cannot remove any more, its feature processes do."""
+@pytest.mark.parametrize("reading", [False, True])
+def test_kill_9_leaves_no_temporary_folder(tmp_path: Path, reading: bool) -> None:
+    """What a killed batch cannot remove any more, its feature processes do, also in a clip."""
     code = (
         "import os, signal\n"
-        "from mse_runtime.batch.pool import FeaturePool\n"
-        "pool = FeaturePool(1, 60, 4096)\n"
-        f"pool.submit({REQUEST!r}).result()\n"
-        "print(len(os.listdir(os.environ['TMPDIR'])), flush=True)\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from mse_runtime.batch import pool\n"
+        "def die(*_):\n"
+        "    print(len(os.listdir(os.environ['TMPDIR'])), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"pool._reply = die if {reading} else pool._reply\n"
+        f"pool.FeaturePool(1, 60, 4096).submit({REQUEST!r}).result()\n"
+        "die()\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,

@@ -30,10 +30,11 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     target: Path | None = None
-    for line in sys.stdin:
-        request = json.loads(line)
-        target = Path(request["target"])
-        print(json.dumps(answer(request)), file=replies, flush=True)
+    with suppress(BrokenPipeError):  # killed while a clip was being read: nobody to answer
+        for line in sys.stdin:
+            request = json.loads(line)
+            target = Path(request["target"])
+            print(json.dumps(answer(request)), file=replies, flush=True)
     if target is not None:
         # Requests only end where the parent was killed: its temporary folder is ours to remove.
         with suppress(OSError):
