@@ -10,6 +10,8 @@ __all__ = ["available"]
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 UNLIMITED = 1 << 62
+FILES = ("inactive_file", "active_file")
+"""Of memory.stat: the page cache, without shared memory, as MemAvailable counts it too."""
 
 
 def available() -> int:
@@ -42,19 +44,22 @@ def _groups() -> Iterator[int]:
     for line in lines:
         _, kinds, path = [*line.split(":", 2), "", ""][:3]
         if kinds == "":
-            root, names = CGROUPS, ("memory.max", "memory.current", "inactive_file")
+            root, prefix = CGROUPS, ""
+            names = ("memory.max", "memory.current")
         elif "memory" in kinds.split(","):
-            root = CGROUPS / "memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            root, prefix = CGROUPS / "memory", "total_"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
         else:
             continue
-        limit_file, used_file, reclaimable = names
+        limit_file, used_file = names
         # In a container the path may be the host's: then only the root is there to be read.
         inside = Path(path.lstrip("/"))
         for folder in (root / inside, *(root / parent for parent in inside.parents)):
             limit, used = _number(folder / limit_file), _number(folder / used_file)
             if limit is not None and used is not None and limit < UNLIMITED:
-                yield limit - used + (_field(folder / "memory.stat", reclaimable, 1) or 0)
+                # A model that was read twice is active, and can be dropped like any file.
+                cached = [_field(folder / "memory.stat", prefix + kind, 1) for kind in FILES]
+                yield limit - used + sum(size or 0 for size in cached)
 
 
 def _number(path: Path) -> int | None:

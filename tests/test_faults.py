@@ -278,7 +278,7 @@ def test_the_limit_of_a_control_group_counts(machine: Path) -> None:
     group.mkdir()
     (group / "memory.max").write_text("1073741824\n")
     (group / "memory.current").write_text("600000000\n")
-    (group / "memory.stat").write_text("anon 1\ninactive_file 100000000\n")
+    (group / "memory.stat").write_text("anon 1\ninactive_file 60000000\nactive_file 40000000\n")
     assert memory.available() == GIB - 500_000_000
     (group / "memory.max").write_text("max\n")
     assert memory.available() == 8_000_000 * 1024
