@@ -165,6 +165,32 @@ def test_without_a_home_nobody_elses_folder_is_believed(monkeypatch: pytest.Monk
     assert cache.read_json("facts.json") == {}
 
 
+@pytest.mark.parametrize("empty", [True, False])
+def test_a_read_only_cache_changes_no_answer(empty: bool, tmp_path: Path) -> None:
+    """A file system that refuses every write, root's too; empty, and with what was kept before."""
+    ask = (CLIP, "I love it.", "--jsonl", "--end", "1", "--adapter", "onnx")
+    usual = command(*ask, env={"MSE_CACHE": str(tmp_path / "usual")})
+    assert usual.returncode == 0, usual.stderr
+    with tiny_disk(tmp_path / "disk", 1024) as disk:
+        if not empty:
+            shutil.copytree(tmp_path / "usual", disk, dirs_exist_ok=True)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        before = sorted(disk.rglob("*"))
+        with pytest.raises(OSError, match="Read-only"):
+            (disk / "x").touch()
+        done = command(*ask, env={"MSE_CACHE": str(disk), "HF_HUB_CACHE": str(disk)})
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+        assert sorted(disk.rglob("*")) == before
+        refused = command(
+            *ask, "--bundle", "org/repo", "--offline", env={"HF_HUB_CACHE": str(disk)}
+        )
+        assert refused.returncode == 4
+        assert "Traceback" not in refused.stderr
+    first, second = json.loads(usual.stdout), json.loads(done.stdout)
+    assert first["distribution"] == second["distribution"]
+
+
 # -- disks -------------------------------------------------------------------------------------
 
 
