@@ -72,9 +72,12 @@ def predict(
     `mse-run --batch` would write.
 
     Raises:
-        UsageError: Ray is not installed, or columns or the task are missing.
+        UsageError: Ray is not installed, columns or the task are missing, or a count is none.
         BundleError: a bundle that is missing or damaged.
     """
+    for name, count in (("workers", workers), ("num_cpus", num_cpus), ("batch_size", batch_size)):
+        if count is not None and (not isinstance(count, int) or count < 1):
+            raise UsageError(f"{name} must be a whole number of at least 1, not {count!r}.")
     try:
         from ray.data import ActorPoolStrategy
     except ImportError:

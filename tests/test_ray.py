@@ -136,3 +136,10 @@ def test_what_no_row_can_mend_is_said_at_once() -> None:
         predict(good, task="nothing")
     with pytest.raises(BundleError):
         predict(good, "no-such-bundle")
+
+
+@pytest.mark.parametrize("options", [{"num_cpus": 0}, {"num_cpus": 0.5}, {"workers": 0}])
+def test_counts_that_no_worker_could_start_with(options: dict[str, Any]) -> None:
+    dataset: Any = None  # refused before it is looked at
+    with pytest.raises(UsageError, match=f"{next(iter(options))} must be a whole number"):
+        predict(dataset, **options)
