@@ -419,7 +419,8 @@ def test_kill_9_leaves_no_temporary_folder(tmp_path: Path, reading: bool) -> Non
         "    print(len(os.listdir(os.environ['TMPDIR'])), flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         f"pool._reply = die if {reading} else pool._reply\n"
-        f"pool.FeaturePool(1, 60, 4096).submit({REQUEST!r}).result()\n"
+        "features = pool.FeaturePool(1, 60, 4096)\n"
+        f"features.submit({REQUEST!r}).result()\n"
         "die()\n"
     )
     done = subprocess.run(
