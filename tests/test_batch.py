@@ -331,6 +331,16 @@ def test_smaller_passes_take_less_memory(tmp_path: Path) -> None:
         assert 0 < compute_buffer(library.log_lines(mark)) < usual
 
 
+def test_ctrl_c_while_the_model_loads_stops_at_once(
+    pool: FeaturePool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = feature_rows(tmp_path, 1)
+    with Analyzer.open("tiny", adapter="onnx") as analyzer:
+        monkeypatch.setattr(analyzer, "ready", lambda: signal.raise_signal(signal.SIGINT))
+        with Journal(tmp_path / "out.jsonl", rows) as journal, pytest.raises(KeyboardInterrupt):
+            run(analyzer, rows, journal, pool)
+
+
 def test_a_full_disk_is_said_and_nothing_is_lost(tmp_path: Path) -> None:
     script = (
         "import resource, signal, sys\n"

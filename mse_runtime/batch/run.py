@@ -54,8 +54,11 @@ def run(
 ) -> Outcome:
     """Answer every row that has no line in `journal` yet.
 
-    SIGINT and SIGTERM finish the row in hand and stop; a second one stops at once.
+    SIGINT and SIGTERM finish the row in hand and stop; a second one stops at once, and so does the
+    first while the model still loads.
     """
+    analyzer.task(task)
+    analyzer.ready()
     before = len(journal.done)
     todo = [row for row in rows if row.index not in journal.done]
     entries = answers(
