@@ -214,6 +214,18 @@ def test_our_profiles_put_pseudo_tokens_last(family: str) -> None:
         assert task.prompt[-2].slot == "pseudo"
 
 
+def test_only_published_profiles_parse_special_spellings() -> None:
+    """As their tokenisers did (ChatGLM3's did not); under ours a transcript is only ever text."""
+    special = {
+        family
+        for family in profiles.FAMILIES
+        for _, dataset in profiles.published_runs(family)
+        if profiles.published(family, dataset, 0).text.special
+    }
+    assert special == {"llama", "qwen"}
+    assert not any(profiles.ours(family).text.special for family in profiles.FAMILIES)
+
+
 @pytest.mark.parametrize("name", profiles.backbone_names())
 def test_named_backbones_are_complete(name: str) -> None:
     from mse_export.backbones import architecture
