@@ -49,8 +49,10 @@ def old_cpu(tmp_path: Path) -> str:
 
 def on_the_old_cpu(python: str, code: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
     begin = f"import sys; sys.executable = {python!r}; sys.path[:] = {sys.path!r}\n"
+    built = next((str(path) for path in _cpu._paths() if path.is_file()), "")
     return subprocess.run(
         [python, "-c", begin + code, *map(str, arguments)],
+        env={**os.environ, "MSE_KERNELS_LIBRARY": built},
         capture_output=True,
         text=True,
         timeout=300,
@@ -251,7 +253,7 @@ def test_a_model_overwritten_in_place_is_refused(
         "        with open(path, 'r+b') as file: file.seek(100_000); file.write(bytes(5_000_000))\n"
         "    for _ in range(2):\n"
         "        try: analyzer.analyze_features(found, 'Another text.')\n"
-        "        except BackboneError as error: print(error)\n"
+        "        except BackboneError as error: print(error, flush=True)\n"
         "os._exit(7)\n"
     )
     done = command(before=code)
