@@ -442,8 +442,8 @@ def test_two_hours_take_no_more_memory_than_ten_seconds(tmp_path: Path) -> None:
         float(subprocess.check_output([sys.executable, "-c", code, str(path), start]))
         for path, start in ((film, "7100"), (short, "3"))
     ]
-    # The index of 288,000 packets is the container's own, some 30 bytes each.
-    assert peaks[0] < peaks[1] + 40
+    # The container's index of 288,000 packets, some 70 bytes each in either of two demuxers.
+    assert peaks[0] < peaks[1] + 60
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
