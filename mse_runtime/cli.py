@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from mse_runtime import __version__
 from mse_runtime.errors import MSEError, UsageError
 
 if TYPE_CHECKING:
@@ -142,8 +143,8 @@ MEANT_FOR = {
     "--batch",
     type=click.Path(path_type=Path),
     metavar="LIST",
-    help="Answer for every row of a .csv or .jsonl (clip, text), or every clip of a folder with "
-    "its .txt; goes on where it stopped. Needs -o.",
+    help="Answer for every row of a .csv, .tsv or .jsonl (clip, text), or every clip of a folder "
+    "with its .txt; goes on where it stopped. Needs -o.",
 )
 @click.option("--retry", is_flag=True, help="Do the rows of a batch again that had an error.")
 @click.option("--workers", type=click.IntRange(1, 64), help="Feature processes of a batch.")
@@ -163,7 +164,7 @@ MEANT_FOR = {
 )
 @click.option("--offline", is_flag=True, help="Never use the network.")
 @click.option("-v", "--verbose", is_flag=True, help="Say more on stderr.")
-@click.version_option(package_name="mse-runtime")
+@click.version_option(__version__, prog_name="mse-run")
 @click.pass_context
 def run(context: click.Context, /, arguments: tuple[str, ...], **options: Any) -> None:
     """The sentiment or emotion of a person in CLIP who says TEXT.
@@ -225,6 +226,8 @@ def _answer(arguments: tuple[str, ...], options: dict[str, Any]) -> None:
 
     wanted = 1 if options["features"] else 2
     if len(arguments) > wanted:
+        if options["features"] and _is_file(arguments[0]):
+            raise UsageError("Give a clip or --features, not both.")
         raise UsageError('Put the text in quotes: mse-run clip.mp4 "what is said in it".')
     if len(arguments) != wanted:
         raise UsageError(
@@ -234,6 +237,8 @@ def _answer(arguments: tuple[str, ...], options: dict[str, Any]) -> None:
         )
     text = check_text(arguments[-1])
     clip = None if options["features"] else Path(arguments[0])
+    if clip and _is_file(text) and not _is_file(arguments[0]):
+        raise UsageError(f"{text} is a file: give the clip first, then the text.")
     with _open(options) as analyzer:
         if options["plan"]:
             _print_plan(analyzer.plan.rows(), "Memory plan", sys.stderr)
@@ -257,6 +262,13 @@ def _answer(arguments: tuple[str, ...], options: dict[str, Any]) -> None:
                 keep_frames=8 if options["plot"] else 0,
             )
         _report(analyzer, prediction, options)
+
+
+def _is_file(word: str) -> bool:
+    try:
+        return Path(word).is_file()
+    except (OSError, ValueError):  # a text is often longer than a name may be
+        return False
 
 
 def _report(analyzer: Analyzer, prediction: Prediction, options: dict[str, Any]) -> None:

@@ -13,6 +13,8 @@ import jsonschema
 import numpy as np
 import pytest
 
+import mse_runtime
+
 ROOT = Path(__file__).resolve().parent.parent
 CLIP = ROOT / "examples" / "happy.mp4"
 TEXT = "Thank you so much for everything."
@@ -196,3 +198,21 @@ def test_help_shows_examples_and_exit_codes() -> None:
     done = mse_run("--help")
     assert "Examples" in done.stdout
     assert "130 interrupted" in done.stdout
+
+
+def test_messages_name_the_mistake(tmp_path: Path) -> None:
+    missing = tmp_path / "none.npz"
+    assert "clip first" in refused(mse_run(TEXT, CLIP), 2)
+    assert "Check the path" in refused(mse_run("word " * 100, TEXT * 20), 3)
+    assert "not both" in refused(mse_run(CLIP, TEXT, "--features", missing), 2)
+    assert "There is no feature file" in refused(mse_run("--features", missing, TEXT), 3)
+    semicolons = tmp_path / "list.csv"
+    semicolons.write_text("clip;text\na.mp4;hi\n")
+    done = mse_run("--batch", semicolons, "-o", tmp_path / "out.jsonl")
+    assert "separated by commas" in refused(done, 2)
+
+
+def test_version_needs_no_installed_package() -> None:
+    done = mse_run("--version")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"mse-run, version {mse_runtime.__version__}"

@@ -77,8 +77,12 @@ def run_batch(analyzer: Analyzer, listing: Path, output: Path, options: dict[str
         click.echo("stopped; run the same command again to go on", err=True)
         return 130
     if outcome.failed:
-        for message, count in failures(journal_path(output)).most_common(3):
+        kinds = failures(journal_path(output)).most_common()
+        for message, count in kinds[:3]:
             click.echo(f"  {count} x {message}", err=True)
+        if len(kinds) > 3:
+            rest = sum(count for _, count in kinds[3:])
+            click.echo(f"  {rest} x others: see {journal_path(output)}", err=True)
         click.echo("--retry does the rows with errors again.", err=True)
     return 1 if outcome.failed else 0
 

@@ -23,6 +23,7 @@ PICTURE = ".mp4 .mov .mkv .webm .avi .m4v .mpg .mpeg .ts .3gp .flv .wmv"
 SOUND = ".wav .mp3 .m4a .flac .ogg .opus .aac"
 MEDIA = frozenset(f"{PICTURE} {SOUND}".split())
 MAX_TEXT_FILE = 1 << 20
+SEPARATORS = " Columns are separated by commas (in a .tsv by tabs)."
 COLUMNS = ("id", "clip", "features", "text", "task", "start", "end")
 
 
@@ -50,12 +51,12 @@ def read_rows(path: Path) -> list[Row]:
     if path.is_dir():
         return list(_folder(path))
     if not path.is_file():
-        raise UsageError(f"There is no batch list {path}. Give a .csv, a .jsonl or a folder.")
+        raise UsageError(f"There is no batch list {path}. Give a .csv, .tsv, .jsonl or a folder.")
     readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".ndjson": _jsonl}
     if path.suffix.lower() not in readers:
         raise UsageError(
-            f"The batch list {path} is neither .csv nor .jsonl nor a folder. Save it as CSV with "
-            "the columns clip and text."
+            f"The batch list {path} is neither .csv, .tsv, .jsonl nor a folder. Save it as "
+            "CSV with the columns clip and text."
         )
     try:
         found = list(readers[path.suffix.lower()](path))
@@ -76,7 +77,7 @@ def _csv(path: Path) -> Iterator[dict[str, Any]]:
         if "text" not in names or not {"clip", "features"} & set(names):
             raise UsageError(
                 f"{path} needs the columns clip (or features) and text; it has "
-                f"{', '.join(names) or 'none'}."
+                f"{', '.join(names) or 'none'}.{SEPARATORS if ';' in str(names) else ''}"
             )
         table.fieldnames = names
         for fields in table:

@@ -90,6 +90,8 @@ def load_npz(
     """
     try:
         arrays, found = read_arrays(path, MAX_BYTES, _KNOWN)
+    except FileNotFoundError as error:
+        raise MediaError(f"There is no feature file {path}. Check the path.") from error
     except UNREADABLE as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise MediaError(

@@ -118,7 +118,7 @@ def probe(path: str | Path) -> ClipInfo:
         if _is_image(name) or (video is None and audio is None and _has_stills(container)):
             raise MediaError(
                 f"{path} is a still image: there is no voice and no movement to read. "
-                "Give a video or sound file, or only the text."
+                "Give a video or sound file."
             )
         # A decoder that met a picture over its limit reports no size at all.
         sizeless = video is None and any(map(_is_sizeless, container.streams.video))
@@ -127,7 +127,7 @@ def probe(path: str | Path) -> ClipInfo:
         if video is None and audio is None:
             raise MediaError(
                 f"{path} ({name}) holds neither sound nor a moving picture that can be decoded. "
-                "Give another file, or only the text."
+                "Give another file."
             )
         if video is not None and video.width * video.height > MAX_PIXELS:
             raise MediaError(
