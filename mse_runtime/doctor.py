@@ -99,7 +99,16 @@ def main() -> None:
         """
         sys.exit(examine(as_json))
 
-    doctor(prog_name="mse-doctor")
+    try:
+        doctor(prog_name="mse-doctor", standalone_mode=False)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("mse-doctor: interrupted", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

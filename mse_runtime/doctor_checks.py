@@ -172,9 +172,9 @@ def kernels() -> Iterator[Finding]:
     from mse_runtime.adapter import auto as adapter_auto
 
     for fact in cache.read_json(adapter_auto.FILE).values():
-        if isinstance(fact, dict) and "backend" in fact:
-            shape = fact.get("adapter", "an adapter")
-            yield Finding("auto", "ok", f"{shape}: {fact['backend']}: {fact.get('why', '')}")
+        if isinstance(fact, dict) and {"adapter", "backend"} <= fact.keys():
+            detail = f"{fact['adapter']}: {fact['backend']}: {fact.get('why', '')}"
+            yield Finding("auto", "ok", detail)
         elif isinstance(fact, dict) and "trying" in fact:
             yield Finding(
                 "auto",
