@@ -31,7 +31,7 @@ EPILOG = """\b
 Examples:
   mse-eval --bundle my-bundle --data data/
   mse-eval --bundle my-bundle --data data/ --compare f16,q8_0,q4_k_m
-  mse-eval --bundle my-bundle --data data/ --fit-temperature --split valid --write
+  mse-eval --bundle my-bundle --data data/ --fit-temperature --write
   mse-eval --bundle meld-bundle --dataset meld --data MELD/ --parity published --json
 
 \b

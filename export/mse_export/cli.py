@@ -121,10 +121,11 @@ def command(as_json: bool, no_verify: bool, **options: Any) -> None:
 
     The folder appears under its name only when it is complete and verified.
     """
-    from mse_export.pipeline import Request, export
-
-    request = Request(verify=not no_verify, **options)
     with _Display() as display:
+        display.stage("Loading PyTorch")
+        from mse_export.pipeline import Request, export
+
+        request = Request(verify=not no_verify, **options)
         result = export(request, display)
     for warning in result.warnings:
         click.echo(f"warning: {warning}", err=True)
@@ -212,7 +213,7 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo(
             "mse-export: interrupted. Nothing was left under the bundle's name; run the same "
-            "command again to go on.",
+            "command again (a conversion goes on where it stopped, random weights start anew).",
             err=True,
         )
         sys.exit(130)
