@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from mse_runtime import background, heap, kept_prefix
 from mse_runtime.bundle import Bundle, Task, load_bundle
 from mse_runtime.bundle.hub import resolve_bundle
-from mse_runtime.errors import UsageError
+from mse_runtime.errors import BackboneError, DeviceError, UsageError
 from mse_runtime.features.normalise import prepare
 from mse_runtime.parity import generate
 from mse_runtime.placement import MB, Plan, check_gpu, measured, open_planned
@@ -210,10 +210,19 @@ class Analyzer:
             self._backbone.result().clear()
 
     def shrink(self) -> None:
-        """After the language model failed: a new, empty KV cache and smaller passes from now on."""
+        """After the language model failed: a new, empty KV cache and smaller passes from now on.
+
+        Raises DeviceError where not even that fits: nothing can be answered any more.
+        """
         with self._turn:
             self._constant = np.empty(0, np.int32)
-            self._backbone.result().shrink(SMALL_PASS)
+            try:
+                self._backbone.result().shrink(SMALL_PASS)
+            except BackboneError as error:
+                raise DeviceError(
+                    f"There is no memory left for the language model ({error}). Close other "
+                    "programs or try --low-memory, and start again."
+                ) from error
 
     @property
     def plan(self) -> Plan:

@@ -149,7 +149,7 @@ class _Worker:
         threads = default_threads(loaded) or num_cpus
         self._analyzer = Analyzer(loaded, threads=threads, n_gpu_layers=None if gpu else 0)
         self._analyzer.ready()
-        self._pool = FeaturePool(num_cpus, clip_timeout, clip_memory)
+        self._pool = FeaturePool(max(1, num_cpus // 2), clip_timeout, clip_memory)
         self._folder, self._options = folder, options
 
     def __call__(self, table: Any) -> Any:

@@ -26,7 +26,7 @@ from mse_runtime.batch.journal import Journal
 from mse_runtime.batch.pool import FeaturePool
 from mse_runtime.batch.rows import Row, read_rows
 from mse_runtime.batch.run import run
-from mse_runtime.errors import DecodeError, MediaError, UsageError
+from mse_runtime.errors import DecodeError, DeviceError, MediaError, UsageError
 from mse_runtime.features.npz import load_npz
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -316,6 +316,26 @@ def test_a_failed_decode_is_tried_in_smaller_passes(
     else:  # not even that fits: twice for each row, then an error row
         assert [entry["error"]["type"] for entry in found] == ["DecodeError"] * 3
         assert len(lib.failed) == 6
+
+
+def test_no_memory_at_all_ends_the_batch(
+    pool: FeaturePool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even the smaller cache can be made: no row's fault, so the rest is left for later."""
+    rows = feature_rows(tmp_path, 3)
+    with Analyzer.open("tiny", adapter="onnx") as analyzer:
+        analyzer.ready()
+        backbone: Any = analyzer._backbone.result()
+        backbone._lib = lib = ShortOfMemory(backbone._lib, 0)
+        monkeypatch.setattr(lib._lib, "llama_init_from_model", lambda *_: None)
+        with (
+            Journal(tmp_path / "out.jsonl", rows) as journal,
+            pytest.raises(DeviceError, match="no memory left"),
+        ):
+            run(analyzer, rows, journal, pool)
+        monkeypatch.undo()
+        backbone._lib = lib._lib
+    assert lines(tmp_path / "out.jsonl") == []
 
 
 def test_smaller_passes_take_less_memory(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ class WithSpare:
     def _fall_back(self, error: Exception) -> None:
         assert self._spare is not None
         gone, self._now, self._spare = self._now, self._spare(), None
-        why = f"{gone.name} failed in the middle ({str(error).strip().splitlines()[:1]})"
+        why = f"{gone.name} failed in the middle ({str(error).strip().partition(chr(10))[0]})"
         self.name, self.choice = self._now.name, f"{self._now.name}: {why}"
         log.warning("%s: the adapter goes on on the CPU (%s)", why, self.name)
         with suppress(Exception):  # what was on the GPU may be gone with it

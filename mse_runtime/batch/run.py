@@ -19,7 +19,7 @@ from mse_runtime.analyzer import Analyzer, Parity
 from mse_runtime.batch.journal import Journal
 from mse_runtime.batch.pool import FeaturePool
 from mse_runtime.batch.rows import Row
-from mse_runtime.errors import DecodeError, MSEError
+from mse_runtime.errors import DecodeError, DeviceError, MSEError
 from mse_runtime.features.npz import load_npz
 from mse_runtime.features.spec import Features
 from mse_runtime.prompt import check_text
@@ -150,6 +150,8 @@ def _entry(
         except (DecodeError, MemoryError):
             analyzer.shrink()  # once more, with an empty cache and smaller passes
             result = answer()
+    except DeviceError:  # no row's fault, and no row could be answered after it
+        raise
     except Exception as error:  # whatever it was, it is this row's
         problem = {"type": type(error).__name__, "message": str(error)}
         return {**head, "clip": str(row.source), "text": row.text, "error": problem}
