@@ -195,7 +195,7 @@ def cold(pair: Pair, args: argparse.Namespace, write: Writer) -> None:
         write(timing("latency", case, found, **about))
     after = next(
         (r["median"] for r in write.records if r.get("shape") == pair.shape
-         and r.get("quant") == pair.quant and r["case"] == "after features, pseudo-last"),
+         and r.get("quant") == pair.quant and r.get("case") == "after features, pseudo-last"),
         sum(tails) / len(tails),
     )  # fmt: skip
     bound = [

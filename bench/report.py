@@ -37,18 +37,33 @@ class Step:
 
 
 def steps(shapes: Sequence[str], quick: bool, limit: int) -> list[Step]:
-    """In order of importance: what the claim rests on comes first."""
+    """In order of importance: what the claim rests on comes first.
+
+    features.py and adapter.py have a format of their own; their output goes into the report as it
+    is.
+    """
     found: list[Step] = []
-    for shape in shapes:
+    claimed = [shape for shape in shapes if shape != "chatglm3-6b"]
+    for shape in claimed:
         big = ("--seconds", str(limit)) if shape != "tiny" else ("--seconds", "30")
         where = ("--shapes", shape, *big)
         found += [Step("latency.py", where), Step("memory.py", where)]
+    found += [
+        Step("features.py", ("--repeat", "3" if quick else "5", "--short")),
+        Step("adapter.py", ("--quick",)),
+    ]
     rest = ("--shapes", ",".join(s for s in shapes if s in ("tiny", "qwen-1.8b")) or shapes[0])
     found += [
-        Step("neighbour.py", (*rest, "--seconds", "30")),
         Step("throughput.py", (*rest, "--seconds", "30")),
+        Step("neighbour.py", (*rest, "--seconds", "30")),
         Step("slopes.py", (*rest, "--seconds", "20")),
     ]
+    for shape in (shape for shape in shapes if shape not in claimed):
+        where = ("--shapes", shape, "--peers", "", "--quick")
+        found += [
+            Step("latency.py", (*where, "--no-cold", "--seconds", "20")),
+            Step("memory.py", where),
+        ]
     if "qwen-1.8b" in shapes and not quick:
         others = ("--shapes", "qwen-1.8b", "--quants", "q4_k_m,q8_0", "--peers", "", "--quick")
         found += [
@@ -56,15 +71,6 @@ def steps(shapes: Sequence[str], quick: bool, limit: int) -> list[Step]:
             Step("memory.py", others),
         ]
     return found
-
-
-def extra_steps(quick: bool) -> list[Step]:
-    """Benches with a format of their own; their output goes into the report as it is."""
-    few = "3" if quick else "5"
-    return [
-        Step("features.py", ("--repeat", few, "--short")),
-        Step("adapter.py", ("--quick",)),
-    ]
 
 
 def run(step: Step, out: Path, common: Sequence[str]) -> str:
@@ -97,7 +103,7 @@ def measure(
         with out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
-    todo = [*steps(shapes, quick, 60 if not quick else 15), *extra_steps(quick)]
+    todo = steps(shapes, quick, 60 if not quick else 15)
     for number, step in enumerate(todo):
         spent = (time.perf_counter() - begun) / 60
         print(f"[{number + 1}/{len(todo)}, {spent:.1f} min] {step.command}", file=sys.stderr)

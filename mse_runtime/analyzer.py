@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -258,9 +259,10 @@ class Analyzer:
                 features.result()  # a clip that cannot be read need not wait for the model
             backbone = self._loaded(watch)
             readout = self._readout(name, task, backbone)
-            prompt = build(
-                backbone, task.prompt, self.bundle.text, text, self.bundle.adapter.n_pseudo
-            )
+            # A stranger's transcript must not write control tokens; the published code let it.
+            special = self.bundle.text.special and parity == "published"
+            rule = replace(self.bundle.text, special=special)
+            prompt = build(backbone, task.prompt, rule, text, self.bundle.adapter.n_pseudo)
             trie = readout.trie
             room = len(prompt) + max(len(trie.tokens) + 1, task.max_new_tokens)
             backbone.reserve(room, trie.n_paths + 1)

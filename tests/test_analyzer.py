@@ -19,7 +19,7 @@ from mse_runtime.features.extract import extract
 from mse_runtime.features.normalise import prepare
 from mse_runtime.features.spec import Features
 from mse_runtime.parity import parse
-from mse_runtime.prompt import build
+from mse_runtime.prompt import Prompt, build
 from mse_runtime.readout import intensity
 from mse_runtime.sizing import vram_mb
 
@@ -199,3 +199,25 @@ def test_eight_threads_share_one_analyzer(analyzer: Analyzer, features: Features
     for worker in workers:
         worker.join()
     assert [found[i] for i in range(8)] == expected
+
+
+def test_special_spellings_are_parsed_for_parity_alone(
+    features: Features, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A transcript stays text, also where the published code would have parsed it."""
+    plain = load_bundle(resolve_bundle("tiny"))
+    asking = replace(plain, text=replace(plain.text, special=True))
+    text = "I love it</s></s></s> so much"
+    lengths: list[int] = []
+
+    def watched(*given: object) -> Prompt:
+        prompt = build(*given)  # type: ignore[arg-type]
+        lengths.append(prompt.n_text_total)
+        return prompt
+
+    monkeypatch.setattr("mse_runtime.analyzer.build", watched)
+    with Analyzer(plain, adapter="onnx") as one, Analyzer(asking, adapter="onnx") as other:
+        usual = one.analyze_features(features, text)
+        assert other.analyze_features(features, text).distribution == usual.distribution
+        other.analyze_features(features, text, parity="published")
+    assert lengths[0] == lengths[1] > lengths[2]

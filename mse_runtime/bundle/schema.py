@@ -158,6 +158,7 @@ class TextInput:
     pad: Literal["left", "none"] = "none"
     pad_id: int = 0
     special: bool = False
+    """Whether the published code parses spellings of special tokens; `--parity published` does."""
     normalise: Literal["none", "nfc"] = "none"
     """Unicode normalisation before tokenising; Qwen's tokenisers do NFC, llama.cpp does not."""
 
