@@ -132,8 +132,9 @@ class _Run:
             self.problems += [p for p in found.problems if p.where not in known]
         return self._scored[what, split]
 
-    def fit(self) -> float:
-        from mse_runtime.calibration import fit_temperature
+    def fit(self) -> float | None:
+        """The temperature, or None where the samples do not settle one."""
+        from mse_runtime.calibration import HIGHEST, LOWEST, fit_temperature
         from mse_runtime.evaluation import label_columns
 
         split = "valid" if self.data.splits.get("valid") else self.options["split"]
@@ -149,7 +150,14 @@ class _Run:
                 f"The temperature was fitted on {len(scored)} samples only; {FEWEST} are the least "
                 "that means something."
             )
-        return round(fit_temperature(scored.log_scores, columns), 4)
+        found = round(fit_temperature(scored.log_scores, columns), 4)
+        if not 1.01 * LOWEST < found < 0.99 * HIGHEST:
+            self.remarks.append(
+                f"No temperature is the best one for these {len(scored)} samples (the search ended "
+                f"at {found:g}), so the bundle's own is kept. Give a larger validation split."
+            )
+            return None
+        return found
 
     def compare(self, temperature: float | None) -> list[Report]:
         """The bundle as it is, then each type of --compare."""

@@ -191,6 +191,29 @@ def test_the_fitted_temperature_is_stored_and_used(run: Run, data: Path, own_bun
     assert list(warm.values()) == pytest.approx(list(expected), abs=1e-6)
 
 
+def test_a_temperature_that_nothing_settles_is_not_stored(
+    run: Run, tmp_path: Path, own_bundle: Path
+) -> None:
+    """Two samples, both right: the more confident the better, without end."""
+    folder, answers = data_folder(tmp_path / "mine", 4), tmp_path / "answers.csv"
+    _, out, _ = mse_eval(*run, "--data", folder, "--json", "--predictions", answers)
+    labels = json.loads(out)["labels"]
+    with answers.open() as handle:
+        said = {row["id"]: labels[int(row["predicted"])] for row in csv.DictReader(handle)}
+    with (folder / "manifest.csv").open("w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(("id", "features", "text", "label", "split"))
+        for name, label in said.items():
+            i = int(name[1:])
+            writer.writerow((name, f"{i}.npz", TEXTS[i % 3], label, "valid"))
+    before = load_bundle(own_bundle).tasks["emotion"].temperature
+    words = ("--bundle", own_bundle, "--data", folder, "--split", "valid")
+    code, _, err = mse_eval(*run, *words, "--fit-temperature", "--write")
+    assert code == 0, err
+    assert "own is kept" in " ".join(err.split())
+    assert load_bundle(own_bundle).tasks["emotion"].temperature == before
+
+
 def test_a_scale_is_tempered_as_the_report_assumes(data: Path, own_bundle: Path) -> None:
     """One temperature over the whole distribution, not one per token of a number."""
     from mse_runtime.analyzer import Analyzer

@@ -184,6 +184,36 @@ def test_prepare_goes_on_after_a_kill(tmp_path: Path) -> None:
     assert all(p.stat().st_mtime_ns == when for p, when in kept.items())
 
 
+@pytest.mark.parametrize("moment", [0.0, 0.4, 1.5])
+def test_prepare_ends_at_ctrl_c_whenever_it_comes(moment: float, tmp_path: Path) -> None:
+    """Also while its processes are still importing; what is done is kept."""
+    psutil = pytest.importorskip("psutil")
+    clip = ROOT / "examples" / "happy.mp4"
+    with (tmp_path / "clips.csv").open("w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(("clip", "text", "label", "start"))
+        writer.writerows((clip, "I am happy", "1", i * 0.01) for i in range(200))
+    command = [sys.executable, "-m", "mse_export.training.cli", "prepare", "clips.csv", "-o", "out"]
+    process = subprocess.Popen(
+        [*command, "--jobs=2", "--range=-3,3"],
+        cwd=tmp_path,
+        env=environment(),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    while not psutil.Process(process.pid).children():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(moment)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+
+
 def test_the_command_line(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

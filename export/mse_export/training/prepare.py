@@ -10,10 +10,13 @@ from __future__ import annotations
 import csv
 import hashlib
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +227,8 @@ def _pool(tasks: dict[Path, Any], workers: int) -> Iterator[tuple[Path, str]]:
     try:
         waiting: set[Future[tuple[Path, str]]] = set()
         for task in list(tasks.values()):
-            waiting.add(pool.submit(_extract_one, *task))
+            with _deaf_to_ctrl_c():
+                waiting.add(pool.submit(_extract_one, *task))
             if len(waiting) >= 4 * workers:
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 for future in done:
@@ -235,6 +239,20 @@ def _pool(tasks: dict[Path, Any], workers: int) -> Iterator[tuple[Path, str]]:
                 yield future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Ctrl-C is for the parent: processes started inside finish the clip in hand.
+
+    One that died of it while it starts would leave the pool waiting for ever.
+    """
+    resource_tracker.ensure_running()  # it would unblock the signal when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # which children inherit
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _extract_one(
