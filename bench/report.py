@@ -8,6 +8,7 @@ A step that would start after `--minutes` is left out and named in the report.
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 import time
@@ -33,7 +34,7 @@ class Step:
 
     @property
     def command(self) -> str:
-        return " ".join(("python", f"bench/{self.script}", *self.options))
+        return shlex.join(("python", f"bench/{self.script}", *self.options))
 
 
 def steps(shapes: Sequence[str], quick: bool, limit: int) -> list[Step]:

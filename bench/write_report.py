@@ -36,7 +36,7 @@ def report(
     shown = source.relative_to(root) if source.is_relative_to(root) else source.name
     parts = [INTRO.format(source=shown), _machines(records)]
     if missing := _missing(records):
-        parts.append("## Not measured\n\n" + missing)
+        parts.append("## Not measured, and remarks\n\n" + missing)
     parts += ["## Side by side\n\n" + main_table(records), "## Demands\n\n" + demands(records)]
     for caption, path in pictures:
         parts.append(f"![{caption}]({path.relative_to(root)})\n\n*{caption}.*\n")
