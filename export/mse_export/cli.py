@@ -195,7 +195,8 @@ class _Display(Watcher):
 
     def progress(self, done: int, total: int) -> None:
         if self._task is not None:
-            self._bars.update(self._task, completed=done, total=total)
+            # The last step is shown even where the whole was faster than the bar is drawn.
+            self._bars.update(self._task, completed=done, total=total, refresh=done >= total)
 
     def note(self, text: str) -> None:
         self._console.print(text, style="dim", highlight=False)
