@@ -58,11 +58,14 @@ class Course:
     def window(self) -> int:
         return max(1, len(self.states) // 10)
 
+    def _more(self, values: Sequence[float]) -> float:
+        """Median of the last tenth minus median of the first: what came to stay."""
+        return statistics.median(values[-self.window :]) - statistics.median(values[: self.window])
+
     @property
     def growth(self) -> float:
-        """Bytes: median of the last tenth minus median of the first."""
-        rss = [state.rss for state in self.states]
-        return statistics.median(rss[-self.window :]) - statistics.median(rss[: self.window])
+        """Bytes of the resident set."""
+        return self._more([state.rss for state in self.states])
 
     @property
     def peak(self) -> int:
@@ -70,13 +73,14 @@ class Course:
         return max(state.rss for state in self.states) - self.states[0].rss
 
     @property
-    def files(self) -> int:
-        """File descriptors at the end more than at the beginning."""
-        return self.states[-1].files - self.states[0].files
+    def files(self) -> float:
+        """File descriptors."""
+        return self._more([state.files for state in self.states])
 
     @property
-    def threads(self) -> int:
-        return self.states[-1].threads - self.states[0].threads
+    def threads(self) -> float:
+        """Threads; a decoder's may still be ending when its clip is answered."""
+        return self._more([state.threads for state in self.states])
 
 
 def course(work: Callable[[int], Any], count: int, warm_up: int) -> Course:
