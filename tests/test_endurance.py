@@ -33,19 +33,25 @@ def endurance() -> Iterator[ModuleType]:
         sys.path[:] = before
 
 
+def numbers_of(code: str) -> list[float]:
+    """What `code` prints, in a process of its own: another test's garbage is no growth here, and
+    pages that it gave back would hide a leak."""
+    begin = "import sys; sys.path.insert(0, 'bench')\n"
+    command = [sys.executable, "-c", begin + code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return [float(number) for number in done.stdout.split()]
+
+
 def test_hundreds_of_clips_leave_nothing_behind() -> None:
-    """In a process of its own: another test's garbage is not this one's growth."""
     code = (
-        "import sys; sys.path.insert(0, 'bench')\n"
         "from endurance import answer_clips, course, leaked_cells\n"
         "from mse_runtime import Analyzer\n"
         "with Analyzer.open('tiny', adapter='onnx') as analyzer:\n"
         "    run = course(answer_clips(analyzer, fps=2.0, end=1.0), 200, 40)\n"
         "    print(run.growth, run.files, run.threads, leaked_cells(analyzer))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    growth, files, threads, cells = map(float, done.stdout.split())
+    growth, files, threads, cells = numbers_of(code)
     assert growth < 5e6
     assert files <= 0
     assert threads <= 0
@@ -53,9 +59,8 @@ def test_hundreds_of_clips_leave_nothing_behind() -> None:
 
 
 def test_a_leak_is_seen() -> None:
-    """Also in a process of its own: pages that another test gave back would hide a leak."""
     code = (
-        "import os, sys; sys.path.insert(0, 'bench')\n"
+        "import os\n"
         "from endurance import course\n"
         "kept, ends = [], []\n"
         "leaking = course(lambda _: kept.append(bytearray(os.urandom(1 << 17))), 100, 5)\n"
@@ -63,9 +68,7 @@ def test_a_leak_is_seen() -> None:
         "steady = course(lambda _: bytearray(1 << 17), 100, 5)\n"
         "print(leaking.growth, opening.files, steady.growth, steady.files)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    leaked, opened, steady, kept_open = map(float, done.stdout.split())
+    leaked, opened, steady, kept_open = numbers_of(code)
     assert leaked > 5e6
     assert opened == 9
     assert steady < 5e6
