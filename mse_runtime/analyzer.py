@@ -258,6 +258,7 @@ class Analyzer:
             if features.done():
                 features.result()  # a clip that cannot be read need not wait for the model
             backbone = self._loaded(watch)
+            self._as_published(backbone, parity == "published")
             readout = self._readout(name, task, backbone)
             # A stranger's transcript must not write control tokens; the published code let it.
             special = self.bundle.text.special and parity == "published"
@@ -310,6 +311,19 @@ class Analyzer:
             },
             generated=generated,
         )
+
+    def _as_published(self, backbone: Backbone, published: bool) -> None:
+        """Give the backbone the cache and the rotary table of the published runs, or its own.
+
+        What was in the cache is gone where that changes anything.
+        """
+        about = self.bundle.backbone
+        changed = backbone.renew(
+            kv_type="f32" if published and about.gguf.type == "F32" else "f16",
+            rope_table=(published and about.rope_table) or "exact",
+        )
+        if changed:
+            self._constant = np.empty(0, np.int32)
 
     def _prefill_early(self, backbone: Backbone, prompt: Prompt) -> NDArray[np.int32]:
         """Prefill what stands before the pseudo tokens, if that pays; the ids still to be fed.

@@ -32,7 +32,9 @@ __all__ = ["restore", "store"]
 
 FOLDER, KEEP = "prefixes", 4
 # What of `Backbone.info` decides how sums round.
-SETTINGS = ("build", "device", "offloaded_layers", "threads", "extra_bufts", "kv_type")
+SETTINGS = (
+    "build", "device", "offloaded_layers", "threads", "extra_bufts", "kv_type", "rope_table",
+)  # fmt: skip
 
 
 def restore(backbone: Backbone, bundle: Bundle, ids: NDArray[np.int32]) -> bool:

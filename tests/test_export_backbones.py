@@ -67,6 +67,23 @@ def test_logits_equal_the_reference(
     assert np.abs(found - expected).mean() <= 3e-4
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_of_a_rounded_rotary_table_equal_the_reference(
+    kind: str, folders: dict[str, Path], ggufs: dict[str, Path]
+) -> None:
+    """Halves and pairs, whole and half heads, with factors and without, against torch's bf16."""
+    exact, rounded = (
+        ReferenceLM(HfFolder(folders[kind]), rope_bf16=flag) for flag in (False, True)
+    )
+    inputs = rows(exact, 48)
+    options: dict[str, Any] = {"kv_type": "f32", "threads": 1, "low_memory": True}
+    with Backbone.open(ggufs[kind], n_ctx=256, rope_table="bf16", **options) as model:
+        found = model.prefill(inputs, logits="all")
+    error = np.abs(found - rounded.logits(inputs, last=48)).mean()
+    assert error <= 3e-4
+    assert np.abs(found - exact.logits(inputs, last=48)).mean() > 3 * error
+
+
 @pytest.mark.parametrize("kind", ["llama", "llama3", "qwen2"])
 def test_reference_equals_transformers(kind: str, folders: dict[str, Path]) -> None:
     import torch

@@ -19,7 +19,7 @@ from mse_export import __version__
 from mse_export.adapter_shapes import infer_dims
 from mse_export.gguf_write import NOTE, unfinished
 from mse_export.model_card import model_card
-from mse_export.profiles import Profile
+from mse_export.profiles import Profile, published_rope_table
 from mse_runtime.bundle import (
     AdapterInfo,
     BackboneInfo,
@@ -143,7 +143,7 @@ def write_bundle(folder: Path, parts: Parts) -> Bundle:
     precision: Any = parts.precision
     model = onnx_graph.optimise(onnx_graph.build(arrays, precision))
     onnx_graph.save(model, folder / "adapter.onnx")
-    backbone = _backbone_info(folder, parts.backbone)
+    backbone = _backbone_info(folder, parts.backbone, parts.profile)
     if backbone.n_embd != dims.n_embd:
         raise BundleError(
             f"The adapter writes vectors of width {dims.n_embd}, but the language model "
@@ -199,7 +199,7 @@ def with_parity(bundle: Bundle, backbone: BackboneFile, parity: Mapping[str, Any
     return updated
 
 
-def _backbone_info(folder: Path, backbone: BackboneFile) -> BackboneInfo:
+def _backbone_info(folder: Path, backbone: BackboneFile, profile: Profile) -> BackboneInfo:
     from mse_runtime.gguf import Gguf
 
     with Gguf.open(backbone.path) as header:
@@ -216,7 +216,8 @@ def _backbone_info(folder: Path, backbone: BackboneFile) -> BackboneInfo:
         if backbone.path.parent.resolve() != folder.resolve():
             raise UsageError(f"{backbone.path} does not lie in the bundle's folder {folder}.")
         reference = _reference(backbone.path, backbone.type)
-    return BackboneInfo(arch, n_embd, n_vocab, n_layer, reference)
+    rope_table = published_rope_table(arch) if profile.layout == "published" else None
+    return BackboneInfo(arch, n_embd, n_vocab, n_layer, reference, rope_table)
 
 
 def _reference(path: Path, kind: str | None = None) -> FileRef:

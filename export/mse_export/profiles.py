@@ -26,6 +26,7 @@ __all__ = [
     "named_backbone",
     "ours",
     "published",
+    "published_rope_table",
     "published_runs",
 ]
 
@@ -122,6 +123,12 @@ def published_runs(family: str | None = None) -> list[tuple[str, str]]:
         for dataset in runs
         if family is None or FAMILIES[family] == backbone
     ]
+
+
+def published_rope_table(arch: str) -> Literal["bf16"] | None:
+    """How published runs round the rotary table of a GGUF architecture; None: not at all."""
+    rounded: Literal["bf16"] | None = _data("profiles.toml")["published_rope_table"].get(arch)
+    return rounded
 
 
 def published(family: str, dataset: str, pad_id: int) -> Profile:

@@ -204,7 +204,10 @@ def _check_logits(bundle: Bundle, backbone: Any, folder: Path, report: Report) -
     bound = LOGIT_BOUND.get(kind)
     clear = float(top[-1] - top[-2]) > CLEAR_GAP
     good = (error <= bound if bound is not None else True) and (same or not clear)
-    measured = f"largest difference {error:.2g}, arg max {'equal' if same else 'differs'}"
+    measured = (
+        f"largest difference {error:.2g}, arg max {'equal' if same else 'differs'}, "
+        "both with the exact rotary table"
+    )
     report.add(
         "first-step logits", good, measured, f"{bound:g}" if bound else "arg max where clear"
     )

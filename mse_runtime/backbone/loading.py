@@ -11,10 +11,11 @@ from typing import Any
 
 from mse_runtime.backbone import cpu, library
 from mse_runtime.backbone.file_checks import check_file, may_repack
+from mse_runtime.backbone.rotary import TABLES, RopeTable, Rounding
 from mse_runtime.errors import BackboneError
 from mse_runtime.gguf import Gguf
 
-__all__ = ["Handles", "Options", "load_model", "make_context", "reads_file"]
+__all__ = ["Context", "Handles", "Options", "load_model", "make_context", "reads_file"]
 
 _KV_TYPES = {"f32": 0, "f16": 1}
 _MMAP, _READ = 1, 0  # llama_load_mode
@@ -37,6 +38,7 @@ class Options:
     flash_attention: bool | None = None
     n_outputs_max: int = 32
     tree_width: int = 16
+    rope_table: RopeTable = "exact"
     max_batch: int = 1 << 20
     """Positions of one `llama_decode`; `Sequences.shrink` lowers it."""
 
@@ -53,9 +55,19 @@ class Options:
         _check_range("threads", threads, 1, 512)
         if self.kv_type not in _KV_TYPES:
             raise BackboneError(f"kv_type must be 'f16' or 'f32', not {self.kv_type!r}.")
+        if self.rope_table not in TABLES:
+            raise BackboneError(f"rope_table must be 'exact' or 'bf16', not {self.rope_table!r}.")
         # llama.cpp sizes its output buffer for one output of each sequence, and aborts otherwise.
         outputs = min(n_ctx, max(self.n_outputs_max, n_sequences))
         return replace(self, n_ctx=n_ctx, threads=threads, n_outputs_max=outputs)
+
+
+@dataclass(frozen=True)
+class Context:
+    """A `llama_context`, and what its callback calls: that must live as long."""
+
+    pointer: Any
+    rounding: Rounding | None
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,7 @@ class Handles:
 
     lib: Any
     model: Any
-    context: Any
+    context: Context
     vocab: Any
     info: dict[str, Any]
 
@@ -185,8 +197,9 @@ def _check_model(lib: Any, model: Any, gguf: Gguf) -> None:
         )
 
 
-def make_context(lib: Any, model: Any, options: Options) -> Any:
+def make_context(lib: Any, model: Any, options: Options) -> Context:
     """A context for `options`; BackboneError where memory is short."""
+    rounding = Rounding(lib) if options.rope_table == "bf16" else None
     mark = library.log_mark()
     params = lib.llama_context_default_params()
     params.n_ctx = options.n_ctx
@@ -203,6 +216,8 @@ def make_context(lib: Any, model: Any, options: Options) -> Any:
     params.kv_unified = True  # sequences share cells: copying a prefix costs nothing
     params.offload_kqv = params.op_offload = options.n_gpu_layers != 0
     params.no_perf = True
+    if rounding is not None:
+        params.cb_eval = rounding.callback
     context = lib.llama_init_from_model(model, params)
     if not context:
         raise BackboneError(
@@ -210,7 +225,7 @@ def make_context(lib: Any, model: Any, options: Options) -> Any:
             f"{library.log_errors(mark) or 'no reason given'}. Try a smaller n_ctx, fewer GPU "
             "layers or --low-memory."
         )
-    return context
+    return Context(context, rounding)
 
 
 def _describe(
@@ -238,8 +253,6 @@ def _describe(
         "offloaded_layers": offloaded,
         "threads": options.threads,
         "extra_bufts": extra,
-        "kv_type": options.kv_type,
-        "n_ctx": options.n_ctx,
         "buffers_mib": buffers,
         "warnings": warnings,
     }

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from mse_runtime.backbone import checks, library, tree
 from mse_runtime.backbone.batch import Entries, Inputs, make_batch
 from mse_runtime.backbone.loading import Handles, Options, load_model
+from mse_runtime.backbone.rotary import RopeTable
 from mse_runtime.backbone.sequences import Sequences
 from mse_runtime.backbone.text import Speller
 from mse_runtime.errors import BackboneError, DecodeError
@@ -66,6 +67,7 @@ class Backbone(Sequences):
         flash_attention: bool | None = None,
         n_outputs_max: int = 32,
         tree_width: int = 16,
+        rope_table: RopeTable = "exact",
         progress: Callable[[float], None] | None = None,
     ) -> Self:
         """Load a model.
@@ -81,13 +83,15 @@ class Backbone(Sequences):
         attention rounds the cache to float16.
         n_outputs_max: rows of logits one pass may give (memory: 4 n_vocab bytes each).
         tree_width: leaves of a trie that one pass of `prefill_tree` takes.
+        rope_table: `bf16` rounds cosines and sines of the positions, as some published runs had
+        them (see `rotary`); every rotation then goes through Python.
         progress: called with 0.0 .. 1.0 while the weights load; may raise to stop it.
 
         Raises BackboneError for files and options that cannot be used.
         """
         options = Options(
             n_ctx, n_seq_max, threads, n_gpu_layers, kv_type, low_memory, extra_bufts,
-            flash_attention, n_outputs_max, tree_width,
+            flash_attention, n_outputs_max, tree_width, rope_table,
         ).checked()  # fmt: skip
         gguf = Gguf.open(path)
         try:
@@ -332,6 +336,8 @@ class Backbone(Sequences):
         batch, keep = make_batch(self._lib, entries)
         code = self._lib.llama_decode(self._context, batch)
         del keep
+        if self._rounding is not None:
+            self._rounding.finish(decoded=code == 0)
         if code == 0:
             return
         if code == 1:

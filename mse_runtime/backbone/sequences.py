@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from mse_runtime.backbone import state
-from mse_runtime.backbone.loading import Handles, Options, make_context
+from mse_runtime.backbone.loading import Context, Handles, Options, make_context
+from mse_runtime.backbone.rotary import RopeTable
 from mse_runtime.errors import BackboneError
 from mse_runtime.gguf import Gguf
 
@@ -38,12 +39,16 @@ class Sequences:
         self.info = handles.info
         self._adopt(handles.context, options)
 
-    def _adopt(self, context: Any, options: Options) -> None:
-        self._context, self._options = context, options
-        self._memory = self._lib.llama_get_memory(context)
-        self.n_batch = int(self._lib.llama_n_batch(context))
-        self.n_ctx = int(self._lib.llama_n_ctx(context))
-        self.info["n_ctx"] = self.n_ctx
+    def _adopt(self, context: Context, options: Options) -> None:
+        self._context, self._rounding, self._options = context.pointer, context.rounding, options
+        self._memory = self._lib.llama_get_memory(self._context)
+        self.n_batch = int(self._lib.llama_n_batch(self._context))
+        self.n_ctx = int(self._lib.llama_n_ctx(self._context))
+        self.info |= {
+            "kv_type": options.kv_type,
+            "rope_table": options.rope_table,
+            "n_ctx": self.n_ctx,
+        }
 
     def close(self) -> None:
         """Free the model, the cache and the mapping. Closing twice is harmless."""
@@ -81,6 +86,22 @@ class Sequences:
             self._adopt(context, options)
             for seq, saved in kept.items():
                 self.load_state(seq, saved)
+            return True
+
+    def renew(self, *, kv_type: Literal["f16", "f32"], rope_table: RopeTable) -> bool:
+        """Start over with an empty cache of this kind, a matter of milliseconds.
+
+        Nothing happens where it is of this kind already; returns whether it was not. The arguments
+        are those of `Backbone.open`. Raises BackboneError, the old cache being kept.
+        """
+        with self._lock:
+            self._check_open()
+            options = replace(self._options, kv_type=kv_type, rope_table=rope_table).checked()
+            if options == self._options:
+                return False
+            context = make_context(self._lib, self._model, options)
+            self._lib.llama_free(self._context)
+            self._adopt(context, options)
             return True
 
     def shrink(self, positions: int) -> None:
@@ -158,8 +179,9 @@ class Sequences:
     def load_state(self, seq: int, saved: bytes) -> None:
         """Replace a sequence by a saved one.
 
-        Raises BackboneError for states that are damaged or come from another model, cache type or
-        attention setting; the sequence is then unchanged. If there is no room it is left empty.
+        Raises BackboneError for states that are damaged or come from another model, cache type,
+        attention setting or rotary table; the sequence is then unchanged. If there is no room it is
+        left empty.
         """
         with self._lock:
             self._check_open()
@@ -169,5 +191,5 @@ class Sequences:
     def _fingerprint(self) -> Sequence[object]:
         return (
             self.arch, self._gguf.size, self.n_embd, self.n_layer, self.n_vocab,
-            self._options.kv_type, self._options.flash_attention,
+            self._options.kv_type, self._options.flash_attention, self._options.rope_table,
         )  # fmt: skip

@@ -47,8 +47,8 @@ def load(
         raise BackboneError("The saved state is damaged or of another version. Prefill again.")
     if digest != _digest(fingerprint):
         raise BackboneError(
-            "The saved state belongs to another model, cache type or attention setting. "
-            "Prefill again."
+            "The saved state belongs to another model, cache type, attention setting or rotary "
+            "table. Prefill again."
         )
     if length > n_ctx:
         raise BackboneError(f"The saved state has {length} positions; n_ctx is only {n_ctx}.")

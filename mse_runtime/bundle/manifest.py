@@ -293,13 +293,15 @@ def _adapter(node: Node) -> AdapterInfo:
 
 
 def _backbone(node: Node) -> BackboneInfo:
-    keys = node.object("arch n_embd n_vocab n_layer gguf")
+    keys = node.object("arch n_embd n_vocab n_layer gguf", "rope_table")
+    rounded: Literal["bf16"] = "bf16"
     return BackboneInfo(
         arch=keys["arch"].string(empty=False),
         n_embd=keys["n_embd"].integer(1, 1 << 20),
         n_vocab=keys["n_vocab"].integer(1, 1 << 24),
         n_layer=keys["n_layer"].integer(1, 1 << 12),
         gguf=_gguf(keys["gguf"]),
+        rope_table=keys["rope_table"].choice(rounded) if "rope_table" in keys else None,
     )
 
 

@@ -37,7 +37,7 @@ __all__ = [
     "VersionError",
 ]
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
 MANIFEST = "manifest.json"
 
 
@@ -215,6 +215,8 @@ class BackboneInfo:
     n_vocab: int
     n_layer: int
     gguf: FileRef | HubRef
+    rope_table: Literal["bf16"] | None = None
+    """How the published runs rounded their rotary table; `--parity published` does, too."""
 
 
 @dataclass(frozen=True)
