@@ -138,6 +138,7 @@ FAULTS = [
     ("adapter.audio_dim", 14, "should equal features.audio.dim, which is 13"),
     ("backbone.gguf.hub", {"repo": "a/b"}, "is not a key of this object (known: file"),
     ("backbone.n_layer", 2**60, "from 1 to"),
+    ("backbone.rope_table", "fp8", 'should be "bf16"'),
     ("encoders", {}, "should be a list"),
     ("encoders", [{**ENCODER, "id": "other"}], 'should start with "hf-audio:"'),
     ("parity", 3, "should be an object"),
@@ -491,7 +492,9 @@ def bundles(draw: st.DrawFn, base: Bundle) -> Bundle:
         tasks={"emotion": task, draw(st.from_regex(r"[a-z_-]{1,9}", fullmatch=True)): task},
         default_task="emotion",
         features=dataclasses.replace(base.features, face=face),
-        backbone=dataclasses.replace(base.backbone, gguf=gguf),
+        backbone=dataclasses.replace(
+            base.backbone, gguf=gguf, rope_table=draw(st.sampled_from([None, "bf16"]))
+        ),
         parity=draw(st.dictionaries(st.text(max_size=5), JSON, max_size=3)),
     )
 
@@ -501,6 +504,13 @@ def bundles(draw: st.DrawFn, base: Bundle) -> Bundle:
 def test_every_bundle_round_trips(template: dict[str, Any], data: st.DataObject) -> None:
     bundle = data.draw(bundles(manifest.parse(template)))
     assert manifest.parse(json.loads(json.dumps(bundle.to_dict()))) == bundle
+
+
+def test_a_manifest_from_before_the_rotary_table(template: dict[str, Any]) -> None:
+    """Schema 1.0 did not know the key: it loads, and is written as it was."""
+    bundle = manifest.parse(template)
+    assert (bundle.schema_version, bundle.backbone.rope_table) == ("1.0", None)
+    assert set(bundle.to_dict()["backbone"]) == set(template["backbone"])
 
 
 def test_write_manifest_of_a_parsed_bundle_loads(folder: Path) -> None:

@@ -74,6 +74,7 @@ def test_published_checkpoint_to_a_verified_bundle(
     assert bundle.layout == "published"
     assert bundle.trained
     assert bundle.backbone.gguf.type == "F32"
+    assert bundle.backbone.rope_table == "bf16"
     checks = {c["name"]: c for c in bundle.parity["checks"]}
     assert {c["result"] for c in checks.values()} == {"ok"}
     assert set(checks) == {
@@ -83,6 +84,7 @@ def test_published_checkpoint_to_a_verified_bundle(
         "tokeniser",
         "first-step logits",
     }
+    assert "both with the exact rotary table" in checks["first-step logits"]["measured"]
     assert "2 BOS" in checks["prompt layout: sentiment"]["measured"]
     card = (out / "README.md").read_text()
     assert "| first-step logits | ok |" in card
@@ -105,6 +107,7 @@ def test_clips_bundle_for_every_family(kind: str, tmp_path: Path) -> None:
     assert result.stdout.strip() == str(out)
     bundle = load_bundle(out)
     assert bundle.layout == "pseudo-last"
+    assert bundle.backbone.rope_table is None
     assert bundle.training.status == "untrained"
     assert set(bundle.tasks) == {"sentiment", "emotion"}
     assert {c["result"] for c in bundle.parity["checks"]} == {"ok"}

@@ -195,6 +195,14 @@ def test_published_layouts() -> None:
     assert not any(s.bos for s in qwen.tasks["sentiment"].prompt)
 
 
+def test_rotary_tables_of_the_published_runs() -> None:
+    """transformers rounds its own (Llama, Qwen 2); the code that comes with Qwen does not."""
+    found = {arch: profiles.published_rope_table(arch) for arch in ("llama", "qwen2")}
+    assert found == {"llama": "bf16", "qwen2": "bf16"}
+    assert profiles.published_rope_table("qwen") is None
+    assert profiles.published_rope_table("chatglm") is None
+
+
 def test_guessing_the_data_set() -> None:
     assert profiles.guess_datasets("llama", AdapterDims(4096, 74, 35)) == ["mosei"]
     meld = AdapterDims(2048, 64, 64, 32, 16, 2)

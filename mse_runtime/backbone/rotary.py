@@ -1,9 +1,9 @@
 """llama.cpp's own graph with a rotary table rounded to bf16, as published runs had it.
 
-transformers makes the tables of Llama and Qwen 2 while the model is loaded, with the default type
-of the load: cosines and sines of eight bits where that was bf16. No GGUF can say so. But ggml's
-scheduler shows each tensor that is asked for once it is computed, and takes back a changed one:
-there every rotation is turned on to where the rounded table would have brought it.
+transformers 4.36 makes the tables of Llama and Qwen 2 while the model is loaded, in the default
+type of the load: eight bits for each cosine and sine where that was bf16. No GGUF can say so. But
+ggml's scheduler shows each tensor that is asked for once it is computed, and takes back a changed
+one: there every rotation is turned on to where the rounded table would have brought it.
 
 ggml has no C function that tells what a tensor is, so its struct is read. A build that lays it out
 differently is found by `_check_layout` before any model runs.

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mse_export.profiles import published_rope_table
 from mse_export.training.builtin import open_builtin
 from mse_export.training.tokenizers import open_tokenizer
 from mse_runtime.errors import BackboneError, DeviceError
@@ -95,16 +96,17 @@ class Frozen:
         return found.float()
 
     def round_rotary(self) -> None:
-        """Round the rotary tables to bf16, as the published code's Llama and Qwen models hold them.
+        """Round the rotary tables to bf16 where the published code's models hold them so.
 
-        The published loader makes the tables while bf16 is the default type, so they keep 8 bits;
-        nothing else of its arithmetic is bf16. Without it the loss differs in the third decimal.
+        The published loader makes Llama's and Qwen 2's while bf16 is the default type, so they keep
+        8 bits; nothing else of its arithmetic is bf16. Without it the loss differs in the third
+        decimal. Which architectures these are stands in `profiles.toml`.
         """
 
         def rounded(_: nn.Module, __: Any, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return tuple(table.bfloat16().to(table.dtype) for table in tables)
 
-        if self.arch == "chatglm":  # its table is not rounded
+        if published_rope_table(self.arch) is None:
             return
         for module in self.model.modules():
             if hasattr(module, "inv_freq"):
