@@ -141,7 +141,9 @@ class Layout:
             backbone.prefill(prompt.early, logits="none")
         backbone.prefill(pseudo, logits="none")
         trie = self.readout.trie
-        logits = backbone.prefill_tree(prompt.late, trie.tokens, trie.parents, trie.branches)
+        logits = backbone.prefill_tree(
+            prompt.late, trie.tokens, trie.parents, trie.branches, candidates=trie.candidates
+        )
         self.readout.score(logits)
         return time.perf_counter() - begun
 

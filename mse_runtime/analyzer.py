@@ -275,11 +275,14 @@ class Analyzer:
                     pseudo = self._pseudo(backbone, prompt, found)
                 with watch.stage("prefill"):
                     rows = [backbone.embed(pending), pseudo, backbone.embed(prompt.late)]
+                    # Generating takes every logit, scoring the labels a few.
+                    only = None if parity else trie.candidates
                     logits = backbone.prefill_tree(
-                        np.concatenate(rows), trie.tokens, trie.parents, trie.branches
-                    )
+                        np.concatenate(rows), trie.tokens, trie.parents, trie.branches,
+                        candidates=only,
+                    )  # fmt: skip
                 with watch.stage("readout"):
-                    answer = readout.score(logits)
+                    answer = readout.score(logits[:, trie.candidates] if parity else logits)
                     generated = None
                     if parity:
                         generated = generate(backbone, logits[0], task.kind, task.max_new_tokens)

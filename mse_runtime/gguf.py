@@ -305,7 +305,16 @@ class Gguf:
         Bit for bit what llama.cpp feeds its first layer for the same ids. Raises BackboneError
         for ids outside 0 .. n_vocab - 1.
         """
-        info = self._embedding()
+        return self._rows(self._embedding(), ids)
+
+    def head_rows(self, ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """Rows of the output matrix: float32 [n, n_embd]; the embedding table's where they are one.
+
+        The logit of token i is row i times the last hidden state.
+        """
+        return self._rows(self.tensors.get("output.weight") or self._embedding(), ids)
+
+    def _rows(self, info: TensorInfo, ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
         wanted = np.asarray(ids)
         if wanted.ndim != 1 or (wanted.size and not np.issubdtype(wanted.dtype, np.integer)):
             raise BackboneError(

@@ -39,11 +39,14 @@ class LabelTrie:
     `tokens` [n] and `parents` [n] describe the nodes that have to be fed to score the labels (-1:
     the end of the prompt), parents before children, and `branches` [n] those whose logits decide
     something: exactly what `Backbone.prefill_tree` takes. `n_paths` counts the leaves.
+    `candidates` [m] are the token ids that occur after some branch, rising: the only columns of
+    the logits that matter.
     """
 
     tokens: NDArray[np.int32]
     parents: NDArray[np.int32]
     branches: NDArray[np.bool_]
+    candidates: NDArray[np.int32]
     n_labels: int
     n_paths: int
     _steps: tuple[tuple[int, tuple[int, ...], tuple[tuple[int, ...], ...]], ...]
@@ -58,10 +61,12 @@ class LabelTrie:
         # Row 0 of the logits is the prompt's; it decides nothing where all labels begin alike.
         deciding = [(0, 0)] if len(nodes[0].children) > 1 else []
         deciding += [(row, number) for row, number in enumerate(branches, 1)]
+        candidates = sorted({token for _, number in deciding for token in nodes[number].children})
+        column = {token: i for i, token in enumerate(candidates)}
         steps = tuple(
             (
                 row,
-                tuple(nodes[number].children),
+                tuple(column[token] for token in nodes[number].children),
                 tuple(tuple(_labels_under(nodes, c)) for c in nodes[number].children.values()),
             )
             for row, number in deciding
@@ -71,6 +76,7 @@ class LabelTrie:
             tokens=np.array([nodes[n].token for n in inner], np.int32),
             parents=np.array([place[nodes[n].parent] for n in inner], np.int32),
             branches=np.array([len(nodes[n].children) > 1 for n in inner], np.bool_),
+            candidates=np.array(candidates, np.int32),
             n_labels=len(labels),
             n_paths=len(leaves),
             _steps=steps,
@@ -79,12 +85,12 @@ class LabelTrie:
     def log_probabilities(self, logits: Logits) -> Probabilities:
         """Log-probability of every label [n_labels], normalised over the labels.
 
-        `logits` [1 + k, n_vocab]: after the prompt, then after each of the k `branches`. At each
-        branch the softmax runs over the branch's tokens alone.
+        `logits` [1 + k, m] of the `candidates`: after the prompt, then after each of the k
+        `branches`. At each branch the softmax runs over the branch's tokens alone.
         """
         scores = np.zeros(self.n_labels)
-        for row, tokens, under in self._steps:
-            values = logits[row][list(tokens)].astype(np.float64)
+        for row, columns, under in self._steps:
+            values = logits[row][list(columns)].astype(np.float64)
             values -= np.logaddexp.reduce(values)
             for value, labels in zip(values, under, strict=True):
                 scores[list(labels)] += value

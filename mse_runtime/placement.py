@@ -160,7 +160,7 @@ def plan(
     on_gpu = sizes.layers(chosen)
     vocab = gguf.n_vocab
     used = min(1.0, (positions or sizes.n_ctx) / min(sizes.n_ctx, _UBATCH))
-    output_rows = max(n_outputs_max, n_seq_max + tree_width)
+    output_rows = max(n_outputs_max, n_seq_max + tree_width + 1)
     file_part = sum(info.size for info in gguf.tensors.values())
     weights_ram = file_part if mapped else file_part - sum(sizes.weights[i] for i in on_gpu)
     if not mapped and sizes.tied and sizes.n_layer in on_gpu:

@@ -57,6 +57,8 @@ def dequantize(raw: Bytes, kind: str) -> Floats:
         scale, quants = _blocks(raw, 18)
         both = np.concatenate([quants & 15, quants >> 4], axis=1)  # low nibbles come first
         return ((both.astype(np.float32) - 8) * scale).reshape(len(raw), -1)
+    if kind == "Q6_K":
+        return _q6_k(raw)
     return _by_package(raw, kind)
 
 
@@ -65,6 +67,18 @@ def _blocks(raw: Bytes, size: int) -> tuple[Floats, Bytes]:
     blocks = raw.reshape(-1, size)
     scale = np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
     return scale, np.ascontiguousarray(blocks[:, 2:])
+
+
+def _q6_k(raw: Bytes) -> Floats:
+    """256 values: 4 low bits of each, 2 high bits of each, 16 scales of one byte, a float16."""
+    blocks = raw.reshape(-1, 210)
+    low = blocks[:, :128].reshape(-1, 2, 1, 64) >> np.array([0, 4], np.uint8)[:, None]
+    high = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8)[:, None]
+    both = (low & 15).reshape(-1, 2, 4, 32) | ((high & 3) << 4)
+    scale = np.ascontiguousarray(blocks[:, 208:]).view(np.float16).astype(np.float32)
+    scales = scale * blocks[:, 192:208].view(np.int8).astype(np.float32)
+    values = (both.astype(np.float32) - 32).reshape(-1, 16, 16) * scales[:, :, None]
+    return values.reshape(len(raw), -1)
 
 
 def _by_package(raw: Bytes, kind: str) -> Floats:

@@ -87,8 +87,9 @@ class Readout:
         )
 
     def score(self, logits: Logits, temperature: float | None = None) -> Answer:
-        """The answer from `logits` [1 + k, n_vocab]: after the prompt, then after each branch.
+        """The answer from the logits [1 + k, m] of the trie's `candidates`.
 
+        Row 0 is after the prompt, the others after each branch.
         `temperature` overrides the calibrated one of the task.
         """
         return self.answer(self.trie.log_probabilities(logits), temperature)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -161,26 +160,6 @@ def test_only_wanted_nodes_give_logits(open_toy: Open, options: dict[str, int]) 
 def test_no_tree_is_a_prefill(open_toy: Open) -> None:
     found = open_toy(tree_width=0).prefill_tree([5, 6, 7], [], [])
     assert worst(found[0], open_toy().prefill([5, 6, 7])) == 0
-
-
-@pytest.mark.parametrize("n", range(1, 9))
-@pytest.mark.parametrize("tree_width", [16, 4])
-def test_repacked_weights_are_padded_without_a_trace(
-    tmp_path: Path, n: int, tree_width: int
-) -> None:
-    """Batches of every remainder by four, with a leaf to spare and without."""
-    path = toy_gguf(tmp_path / "m.gguf", "llama", dtype="q4_0")
-    options: dict[str, Any] = {"kv_type": "f32", "threads": 1, "tree_width": tree_width}
-    ids = np.arange(20, 20 + n)
-    with Backbone.open(path, extra_bufts=True, **options) as backbone:
-        assert not backbone.info["mapped"]
-        found = backbone.prefill_tree(ids, TOKENS, PARENTS)
-        assert backbone.length() == n
-        again = backbone.prefill_tree([30], TOKENS, PARENTS)
-    with Backbone.open(path, extra_bufts=False, **options) as plain:
-        limit = 0.02 * np.abs(found).max()  # the two kernels round activations differently
-        assert worst(found, plain.prefill_tree(ids, TOKENS, PARENTS)) <= limit
-        assert worst(again, plain.prefill_tree([30], TOKENS, PARENTS)) <= limit
 
 
 def test_trees_fit_again_and_again(open_toy: Open) -> None:

@@ -120,7 +120,9 @@ def test_several_clips_in_one_pass(
     trie = readout.trie
 
     def probabilities(backbone: Backbone, last: NDArray[np.float32], seq: int) -> Any:
-        logits = backbone.prefill_tree(last, trie.tokens, trie.parents, trie.branches, seq=seq)
+        logits = backbone.prefill_tree(
+            last, trie.tokens, trie.parents, trie.branches, candidates=trie.candidates, seq=seq
+        )
         answer = readout.score(logits)
         assert answer.distribution is not None
         return np.array([p for _, p in answer.distribution])

@@ -28,8 +28,8 @@ def answer(task: str | None = None) -> tuple[np.ndarray, int]:
         analyzer.ready()
         backbone, fed = analyzer._backbone.result(), []
         decode = backbone._decode
-        backbone._decode = lambda entries, before: (  # type: ignore[method-assign]
-            fed.append(len(entries)) or decode(entries, before)
+        backbone._decode = lambda entries, *others: (  # type: ignore[method-assign]
+            fed.append(len(entries)) or decode(entries, *others)
         )
         scores = analyzer.analyze_features(NOTHING, TEXT, task=task).answer.log_scores
         written()

@@ -29,7 +29,8 @@ def context(trie: LabelTrie, node: int) -> tuple[int, ...]:
 
 def score(trie: LabelTrie) -> np.ndarray:
     wanted = [-1, *np.flatnonzero(trie.branches)]
-    return trie.log_probabilities(np.stack([logits_after(context(trie, i)) for i in wanted]))
+    logits = np.stack([logits_after(context(trie, i)) for i in wanted])
+    return trie.log_probabilities(logits[:, trie.candidates])
 
 
 def by_hand(labels: list[list[int]]) -> list[float]:

@@ -37,7 +37,8 @@ class CharModel:
         for token, parent in zip(trie.tokens, trie.parents, strict=True):
             paths.append((paths[parent] if parent >= 0 else "") + chr(token))
         wanted = ["", *(path for path, flag in zip(paths, trie.branches, strict=True) if flag)]
-        return np.stack([self.logits(len(p), self.target.startswith(p)) for p in wanted])
+        logits = [self.logits(len(p), self.target.startswith(p)) for p in wanted]
+        return np.stack(logits)[:, trie.candidates]
 
     def prefill(self, ids: np.ndarray, *, seq: int = 0) -> np.ndarray:
         self.fed += len(ids)

@@ -20,7 +20,7 @@ from mse_kernels.weights import FUSION, MIX, PSEUDO, STORAGES, UP, Weights
 
 __all__ = ["CpuAdapter", "isas", "library", "reason"]
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 BAD_LENGTH, NOT_FINITE = 5, 6
 
 

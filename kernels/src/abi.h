@@ -6,6 +6,8 @@
 #ifndef MSE_ABI_H
 #define MSE_ABI_H
 
+#include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #if defined(_WIN32)
@@ -18,7 +20,7 @@
 extern "C" {
 #endif
 
-#define MSE_ABI_VERSION 1
+#define MSE_ABI_VERSION 2
 
 enum mse_status {
   MSE_OK = 0,
@@ -98,6 +100,23 @@ MSE_API int32_t mse_mean_rows(const char *isa, const float *rows, int64_t n, int
 MSE_API int64_t mse_probe_mac(const char *isa, int64_t rounds);
 // Reads n floats once; the sum only keeps the compiler honest.
 MSE_API float mse_probe_read(const char *isa, const float *x, int64_t n);
+
+// Cuts llama.cpp's graph short: while `armed`, the tensor called `wanted` is copied to `rows` and
+// nothing after it is computed. The three functions are ggml's own (ggml_get_name, ggml_nbytes,
+// ggml_backend_tensor_get), so that this library needs neither its headers nor its binary.
+typedef struct mse_tap {
+  const char *(*name)(const void *tensor);
+  size_t (*size)(const void *tensor);
+  void (*read)(const void *tensor, void *to, size_t offset, size_t size);
+  const char *wanted;
+  void *rows;
+  int64_t capacity;  // bytes of rows
+  int64_t taken;     // bytes copied; a tensor that does not fit is left alone and so is this
+  int32_t armed;
+} mse_tap;
+
+// A ggml_backend_sched_eval_callback; `tap` is a mse_tap.
+MSE_API bool mse_tap_node(const void *tensor, bool ask, void *tap);
 
 #ifdef __cplusplus
 }

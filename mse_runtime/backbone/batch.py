@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Entries", "Inputs", "make_batch"]
+__all__ = ["Entries", "Inputs", "fillers", "make_batch"]
 
 Inputs = npt.NDArray[np.int32] | npt.NDArray[np.float32]
 
@@ -39,6 +39,28 @@ class Entries:
             self.sequences[start:stop],
             self.wanted[start:stop],
         )
+
+    def filled(self, count: int, sequence: int) -> Entries:
+        """With `count` entries more, the last one's twins in an empty sequence of their own."""
+        last = self.inputs[-1:]
+        return Entries(
+            np.concatenate([self.inputs, *[last] * count]),
+            np.concatenate([self.positions, np.arange(count, dtype=np.int32)]),
+            [*self.sequences, *[(sequence,)] * count],
+            np.concatenate([self.wanted, np.zeros(count, np.bool_)]),
+        )
+
+
+def fillers(n: int) -> int:
+    """How many entries more make a pass of n cheaper where the weights are repacked.
+
+    llama.cpp multiplies them with 16 rows at a time, with four for what is left, and with single
+    rows at more than half of the price of four for what is left then (see `--positions` of
+    bench/overhead.py).
+    """
+    if n % 16 > 12:
+        return -n % 16
+    return -n % 4 if n % 4 > 1 else 0
 
 
 def _pointer(array: npt.NDArray[Any], kind: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 from mse_runtime.backbone import cpu, library
 from mse_runtime.backbone.file_checks import check_file, may_repack
+from mse_runtime.backbone.head import make_tap
 from mse_runtime.backbone.rotary import TABLES, RopeTable, Rounding
 from mse_runtime.errors import BackboneError
 from mse_runtime.gguf import Gguf
@@ -42,14 +43,18 @@ class Options:
     max_batch: int = 1 << 20
     """Positions of one `llama_decode`; `Sequences.shrink` lowers it."""
 
+    @property
+    def n_sequences(self) -> int:
+        """The caller's, a tree's leaves, and one for rows that fill a pass up."""
+        return self.n_seq_max + self.tree_width + 1
+
     def checked(self) -> Options:
         """The same with defaults filled in and `n_ctx` rounded up to llama.cpp's step of 256."""
         _check_range("n_ctx", self.n_ctx, 1, 1 << 20)
         _check_range("n_seq_max", self.n_seq_max, 1, 256)
-        _check_range("tree_width", self.tree_width, 0, 256 - self.n_seq_max)
+        _check_range("tree_width", self.tree_width, 0, 255 - self.n_seq_max)
         _check_range("n_gpu_layers", self.n_gpu_layers, -1, 1 << 16)
         n_ctx = -(-self.n_ctx // 256) * 256
-        n_sequences = self.n_seq_max + self.tree_width
         _check_range("n_outputs_max", self.n_outputs_max, 1, n_ctx)
         threads = cpu.physical_cores() if self.threads is None else self.threads
         _check_range("threads", threads, 1, 512)
@@ -58,16 +63,21 @@ class Options:
         if self.rope_table not in TABLES:
             raise BackboneError(f"rope_table must be 'exact' or 'bf16', not {self.rope_table!r}.")
         # llama.cpp sizes its output buffer for one output of each sequence, and aborts otherwise.
-        outputs = min(n_ctx, max(self.n_outputs_max, n_sequences))
+        outputs = min(n_ctx, max(self.n_outputs_max, self.n_sequences))
         return replace(self, n_ctx=n_ctx, threads=threads, n_outputs_max=outputs)
 
 
 @dataclass(frozen=True)
 class Context:
-    """A `llama_context`, and what its callback calls: that must live as long."""
+    """A `llama_context`, and what its callback calls: that must live as long.
+
+    `tap` takes the last hidden states (`head`); None on a GPU, where the output matrix is cheap
+    and the callback would cut its graphs up.
+    """
 
     pointer: Any
     rounding: Rounding | None
+    tap: Any
 
 
 @dataclass(frozen=True)
@@ -200,12 +210,15 @@ def _check_model(lib: Any, model: Any, gguf: Gguf) -> None:
 def make_context(lib: Any, model: Any, options: Options) -> Context:
     """A context for `options`; BackboneError where memory is short."""
     rounding = Rounding(lib) if options.rope_table == "bf16" else None
+    tap = None
+    if rounding is None and options.n_gpu_layers == 0:
+        tap = make_tap(lib, options.n_outputs_max, lib.llama_model_n_embd(model))
     mark = library.log_mark()
     params = lib.llama_context_default_params()
     params.n_ctx = options.n_ctx
     params.n_batch = min(options.n_ctx, options.max_batch)
     params.n_ubatch = min(params.n_batch, 512)
-    params.n_seq_max = options.n_seq_max + options.tree_width
+    params.n_seq_max = options.n_sequences
     params.n_outputs_max = options.n_outputs_max
     params.n_threads = params.n_threads_batch = options.threads
     params.type_k = params.type_v = _KV_TYPES[options.kv_type]
@@ -218,6 +231,9 @@ def make_context(lib: Any, model: Any, options: Options) -> Context:
     params.no_perf = True
     if rounding is not None:
         params.cb_eval = rounding.callback
+    elif tap is not None:
+        params.cb_eval = ctypes.cast(tap.callback, lib.ggml_backend_sched_eval_callback)
+        params.cb_eval_user_data = tap.user_data
     context = lib.llama_init_from_model(model, params)
     if not context:
         raise BackboneError(
@@ -225,7 +241,7 @@ def make_context(lib: Any, model: Any, options: Options) -> Context:
             f"{library.log_errors(mark) or 'no reason given'}. Try a smaller n_ctx, fewer GPU "
             "layers or --low-memory."
         )
-    return Context(context, rounding)
+    return Context(context, rounding, tap)
 
 
 def _describe(

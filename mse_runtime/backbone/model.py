@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
@@ -11,13 +10,13 @@ from typing import Literal, Self, overload
 import numpy as np
 import numpy.typing as npt
 
-from mse_runtime.backbone import checks, library, tree
-from mse_runtime.backbone.batch import Entries, Inputs, make_batch
+from mse_runtime.backbone import checks, tree
+from mse_runtime.backbone.batch import Entries, Inputs
 from mse_runtime.backbone.loading import Handles, Options, load_model
+from mse_runtime.backbone.passes import Passes
 from mse_runtime.backbone.rotary import RopeTable
-from mse_runtime.backbone.sequences import Sequences
 from mse_runtime.backbone.text import Speller
-from mse_runtime.errors import BackboneError, DecodeError
+from mse_runtime.errors import BackboneError
 from mse_runtime.gguf import Gguf
 
 __all__ = ["Backbone"]
@@ -29,7 +28,7 @@ PROVEN = ("llama", "qwen", "qwen2", "chatglm")
 """Architectures whose rows and tokens the tests have compared."""
 
 
-class Backbone(Sequences):
+class Backbone(Passes):
     """A frozen GGUF language model with a KV cache of `n_seq_max` sequences.
 
     Open with `Backbone.open`; a context manager. Calls from several threads are serialised by
@@ -242,6 +241,7 @@ class Backbone(Sequences):
         parents: npt.ArrayLike,
         wanted: npt.ArrayLike | None = None,
         *,
+        candidates: npt.ArrayLike | None = None,
         seq: int = 0,
     ) -> Floats:
         """Append ids or rows as `prefill` does and score a trie of continuations, in one pass.
@@ -251,27 +251,28 @@ class Backbone(Sequences):
         are asked for; default all. Returns float32 [1 + k, n_vocab]: the logits after the last
         input, then after each wanted node. The sequence ends with the inputs; the nodes leave no
         trace. Shared beginnings are computed once. More than `tree_width` leaves take more passes.
-        Raises BackboneError, the sequence being left as it was.
+        candidates: token ids [m]; the logits of these alone, float32 [1 + k, m], cost a fraction of
+        all (`head`). Raises BackboneError, the sequence being left as it was.
         """
         with self._lock:
             self._check_open()
             self._check_seq(seq)
             entered = checks.inputs(inputs, self.n_vocab, self.n_embd)
             trie = tree.Trie.checked(tokens, parents, wanted, self.n_vocab)
+            only = None if candidates is None else checks.token_ids(candidates, self.n_vocab)
             width, before = self._options.tree_width, self.length(seq)
             if len(trie) and not width:
                 raise BackboneError(
                     "This backbone was opened with tree_width=0. Open it with more."
                 )
             self._check_room(len(entered) + trie.height, before, seq)
-            if not self.info["mapped"]:  # the weights are repacked
-                trie = trie.padded(len(entered), width)
-            found = np.empty((1 + trie.n_wanted, self.n_vocab), np.float32)
+            columns = self.n_vocab if only is None else len(only)
+            found = np.empty((1 + trie.n_wanted, columns), np.float32)
             row = np.cumsum(trie.wanted)  # where in `found` a wanted node's logits go
             start = before
             try:
                 for wave in trie.waves(width):
-                    logits = self._look_ahead(entered, trie, wave, seq, start)
+                    logits = self._look_ahead(entered, trie, wave, seq, start, only)
                     rows = row[wave.nodes][trie.wanted[wave.nodes]]
                     found[np.append(0, rows) if len(entered) else rows] = logits
                     start, entered = start + len(entered), entered[:0]  # for the other waves
@@ -281,8 +282,9 @@ class Backbone(Sequences):
             return found
 
     def _look_ahead(
-        self, entered: Inputs, trie: tree.Trie, wave: tree.Wave, seq: int, start: int
-    ) -> Floats:
+        self, entered: Inputs, trie: tree.Trie, wave: tree.Wave, seq: int, start: int,
+        only: Ids | None,
+    ) -> Floats:  # fmt: skip
         """Decode inputs (perhaps none) and nodes: the logits of the last input and those wanted."""
         n, ids = len(entered), trie.tokens[wave.nodes]
         scratch = range(self.n_seq_max, self.n_seq_max + wave.n_leaves)
@@ -295,58 +297,7 @@ class Backbone(Sequences):
         try:
             for leaf in scratch:  # cells are shared, nothing is copied
                 self._lib.llama_memory_seq_cp(self._memory, seq, leaf, -1, -1)
-            return self._decode(entries, {seq: start})
+            return self._decode(entries, {seq: start}, only)
         finally:
             for leaf in scratch:
                 self._lib.llama_memory_seq_rm(self._memory, leaf, -1, -1)
-
-    def _decode(self, entries: Entries, before: dict[int, int]) -> Floats:
-        """Run the entries in as few passes as fit: the wanted logits [k, n_vocab] in order.
-
-        If a pass fails, the sequences in `before` are cut back to the lengths given there.
-        """
-        found = np.empty((int(entries.wanted.sum()), self.n_vocab), np.float32)
-        done = 0
-        try:
-            for start, stop in checks.passes(
-                entries.wanted, self.n_batch, self._options.n_outputs_max
-            ):
-                part = entries.part(start, stop)
-                outputs = int(part.wanted.sum())
-                self._run(part)
-                if outputs:
-                    raw = self._lib.llama_get_logits(self._context)
-                    found[done : done + outputs] = np.ctypeslib.as_array(
-                        ctypes.cast(raw, ctypes.POINTER(ctypes.c_float)), (outputs, self.n_vocab)
-                    )
-                    done += outputs
-            if not np.isfinite(found).all():
-                raise BackboneError(
-                    f"{self.path} gives logits that are not numbers. The file may be damaged, or "
-                    "an embedding row far out of the model's range; try extra_bufts=False too."
-                )
-        except BaseException:
-            for seq, length in before.items():
-                self._lib.llama_memory_seq_rm(self._memory, seq, length, -1)
-            raise
-        return found
-
-    def _run(self, entries: Entries) -> None:
-        mark = library.log_mark()
-        batch, keep = make_batch(self._lib, entries)
-        code = self._lib.llama_decode(self._context, batch)
-        del keep
-        if self._rounding is not None:
-            self._rounding.finish(decoded=code == 0)
-        if code == 0:
-            return
-        if code == 1:
-            raise DecodeError(
-                f"The KV cache has no room for {len(entries)} more positions (n_ctx {self.n_ctx}, "
-                "shared by all sequences). Clear or truncate some, or open with a larger n_ctx."
-            )
-        raise DecodeError(
-            f"llama.cpp refused a batch of {len(entries)} (code {code}): "
-            f"{library.log_errors(mark) or 'no reason given'}. Clear the sequence and try again; "
-            "if it stays, run mse-doctor."
-        )

@@ -40,9 +40,11 @@ class Sequences:
         self._adopt(handles.context, options)
 
     def _adopt(self, context: Context, options: Options) -> None:
-        self._context, self._rounding, self._options = context.pointer, context.rounding, options
+        self._context, self._options = context.pointer, options
+        self._rounding, self._tap = context.rounding, context.tap
         self._memory = self._lib.llama_get_memory(self._context)
         self.n_batch = int(self._lib.llama_n_batch(self._context))
+        self._n_ubatch = int(self._lib.llama_n_ubatch(self._context))
         self.n_ctx = int(self._lib.llama_n_ctx(self._context))
         self.info |= {
             "kv_type": options.kv_type,
@@ -73,7 +75,7 @@ class Sequences:
         """
         with self._lock:
             self._check_open()
-            width = min(max(tree_width, self._options.tree_width), 256 - self.n_seq_max)
+            width = min(max(tree_width, self._options.tree_width), 255 - self.n_seq_max)
             if n_ctx <= self.n_ctx and width <= self._options.tree_width:
                 return False
             options = replace(

@@ -18,8 +18,6 @@ from mse_runtime.errors import BackboneError
 
 __all__ = ["Trie", "Wave"]
 
-ROWS_TOGETHER = 4
-
 
 @dataclass(frozen=True)
 class Wave:
@@ -79,23 +77,6 @@ class Trie:
     @property
     def n_wanted(self) -> int:
         return int(self.wanted.sum())
-
-    def padded(self, n_before: int, max_leaves: int) -> Trie:
-        """With a twin of the last node where that is cheaper than without.
-
-        llama.cpp multiplies repacked weights with four rows at a time and with what is left one
-        by one, at more than twice the cost: three are dearer than four (compare `--positions 23`
-        and 24 of bench/overhead.py).
-        """
-        missing_one = (n_before + len(self)) % ROWS_TOGETHER == ROWS_TOGETHER - 1
-        if not (len(self) and missing_one and len(self.leaves) < max_leaves):
-            return self
-        return Trie(
-            np.append(self.tokens, self.tokens[-1]),
-            [*self.parents, self.parents[-1]],
-            np.append(self.wanted, False),
-            np.append(self.depths, self.depths[-1]),
-        )
 
     def waves(self, max_leaves: int) -> Iterator[Wave]:
         """Passes of at most `max_leaves` leaves, neighbours together; at least one pass.

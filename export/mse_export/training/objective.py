@@ -72,7 +72,7 @@ def score_answers(
     if len(added):
         mask, position_ids = _tree_mask(trie, starts, length)
     logits = frozen.logits(rows, places, mask=mask, position_ids=position_ids).cpu().numpy()
-    return np.stack([trie.log_probabilities(found) for found in logits])
+    return np.stack([trie.log_probabilities(found[:, trie.candidates]) for found in logits])
 
 
 def _tree_mask(trie: LabelTrie, starts: Tensor, length: int) -> tuple[Tensor, Tensor]:

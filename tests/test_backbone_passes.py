@@ -1,0 +1,176 @@
+"""What a pass leaves out and what it takes in: the vocabulary's logits, rows that fill it up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from backbone_cases import TOLERANCE, Open, worst
+from hypothesis import given
+from hypothesis import strategies as st
+from make_fixtures import ARCHES, toy_gguf
+
+from mse_runtime.backbone import Backbone, head
+from mse_runtime.backbone.batch import fillers
+from mse_runtime.errors import BackboneError
+
+pytest_plugins = ("backbone_fixtures",)
+
+TOKENS, PARENTS = [10, 11, 12, 13, 14, 15, 16, 10], [-1, -1, 0, 0, 1, 2, 2, 6]
+ONLY = [3, 300, 17, 17]
+IDS = np.arange(20, 60)
+
+
+def taken(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each tapped pass gave, as they come."""
+    rows: list[int] = []
+    disarm = backbone._tap.disarm
+
+    def watched() -> Any:
+        found = disarm()
+        rows.append(len(found))
+        return found
+
+    monkeypatch.setattr(backbone._tap, "disarm", watched)
+    return rows
+
+
+# Candidates
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("options", [{}, {"tree_width": 2}, {"n_outputs_max": 3, "tree_width": 2}])
+def test_candidates_are_columns_of_all_logits(
+    open_toy: Open, arch: str, options: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mse_kernels.tap")
+    backbone = open_toy(arch, **options)
+    if backbone._tap is None:
+        pytest.skip("the kernel library was not built")
+    rows = taken(backbone, monkeypatch)
+    every = backbone.prefill_tree(IDS, TOKENS, PARENTS)
+    assert rows == []
+    backbone.clear()
+    found = backbone.prefill_tree(IDS, TOKENS, PARENTS, candidates=ONLY)
+    assert sum(rows) >= 1 + len(TOKENS)
+    assert found.shape == (1 + len(TOKENS), len(ONLY))
+    assert worst(found, every[:, ONLY]) <= TOLERANCE
+    assert np.ptp(found) > 1
+    # A pass that ends early leaves the cache as a whole one does, and later ones whole.
+    assert backbone.length() == len(IDS)
+    assert worst(backbone.prefill([10]), every[1]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("repacked", [False, True])
+def test_candidates_in_every_weight_type(tmp_path: Path, dtype: str, repacked: bool) -> None:
+    """llama.cpp rounds the hidden states to the precision of the weights' own products."""
+    path = toy_gguf(tmp_path / "m.gguf", "llama", dtype=dtype)
+    with Backbone.open(path, kv_type="f32", threads=1, extra_bufts=repacked) as backbone:
+        every = backbone.prefill_tree(IDS, TOKENS, PARENTS)
+        backbone.clear()
+        found = backbone.prefill_tree(IDS, TOKENS, PARENTS, candidates=ONLY)
+    assert worst(found, every[:, ONLY]) <= 0.02 * np.abs(every).max()
+
+
+def test_no_node_is_wanted(open_toy: Open) -> None:
+    backbone = open_toy()
+    found = backbone.prefill_tree(IDS, [7], [-1], [False], candidates=ONLY)
+    backbone.clear()
+    assert worst(found[0], backbone.prefill(IDS)[ONLY]) <= TOLERANCE
+    assert backbone.prefill_tree([1], [], [], candidates=[]).shape == (1, 0)
+
+
+@pytest.mark.parametrize("reason", ["long", "rounded", "no kernels", "other graph", "no room"])
+def test_where_the_pass_cannot_end_early_all_logits_are_cut(
+    open_toy: Open, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if reason == "no kernels":
+        monkeypatch.setattr("mse_runtime.backbone.loading.make_tap", lambda *_: None)
+    if reason == "other graph":
+        monkeypatch.setattr(head, "ARCHITECTURES", frozenset({"qwen2"}))
+    ids = np.arange(600) % 500 if reason == "long" else IDS
+    table = "bf16" if reason == "rounded" else "exact"
+    backbone = open_toy(n_ctx=1024, rope_table=table)
+    if reason == "no room":
+        backbone._tap._struct.capacity = 100
+    found = backbone.prefill_tree(ids, TOKENS, PARENTS, candidates=ONLY)
+    backbone.clear()
+    every = backbone.prefill_tree(ids, TOKENS, PARENTS)
+    assert worst(found, every[:, ONLY]) == 0
+
+
+def test_what_follows_the_output_matrix_is_not_left_out(
+    toys: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mse_runtime.gguf import Gguf
+
+    with Gguf.open(toys["llama"]) as found:
+        assert head.Head(found).plain
+        for key in ("llama.logit_scale", "llama.final_logit_softcapping"):
+            monkeypatch.setitem(found.metadata, key, 30.0)
+            assert not head.Head(found).plain
+            monkeypatch.delitem(found.metadata, key)
+        monkeypatch.setitem(found.tensors, "output.bias", found.tensors["output.weight"])
+        assert not head.Head(found).plain
+
+
+def test_candidates_that_do_not_exist(open_toy: Open) -> None:
+    with pytest.raises(BackboneError, match=r"0 \.\. 513"):
+        open_toy().prefill_tree(IDS, [1], [-1], candidates=[514])
+
+
+def test_a_failed_pass_leaves_the_tap_off(open_toy: Open) -> None:
+    backbone = open_toy(n_seq_max=2)
+    backbone.prefill(np.arange(120), seq=1, logits="none")
+    with pytest.raises(BackboneError, match="no room"):
+        backbone.prefill_tree(np.arange(140), [1], [-1], candidates=ONLY)
+    assert not backbone._tap._struct.armed
+    assert backbone.prefill(IDS).shape == (backbone.n_vocab,)
+
+
+# Rows that fill a pass up
+
+
+@given(st.integers(1, 4096))
+def test_fillers_are_few_and_end_on_whole_tiles(n: int) -> None:
+    more = fillers(n)
+    assert 0 <= more <= 3
+    assert (n + more) % 4 == 0 or (more == 0 and n % 4 == 1)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 7, 13, 14, 15])
+def test_repacked_weights_are_filled_up_without_a_trace(tmp_path: Path, n: int) -> None:
+    path = toy_gguf(tmp_path / "m.gguf", "llama", dtype="q4_0")
+    options: dict[str, Any] = {"kv_type": "f32", "threads": 1, "n_seq_max": 2}
+    ids = np.arange(20, 20 + n)
+
+    def answers(backbone: Backbone) -> list[Any]:
+        found = [backbone.prefill(ids), backbone.prefill_tree(ids, TOKENS, PARENTS)]
+        assert backbone.length() == 2 * n
+        found.append(backbone.prefill_many([(0, [30]), (1, ids)]))
+        assert [backbone.length(seq) for seq in (0, 1)] == [2 * n + 1, n]
+        return found
+
+    with Backbone.open(path, extra_bufts=True, **options) as backbone:
+        assert not backbone.info["mapped"]
+        found = answers(backbone)
+        backbone.clear()
+        again = answers(backbone)
+    with Backbone.open(path, extra_bufts=False, **options) as plain:
+        for one, two, expected in zip(found, again, answers(plain), strict=True):
+            assert worst(one, two) == 0
+            # The two kernels round activations differently.
+            assert worst(one, expected) <= 0.02 * np.abs(expected).max()
+
+
+def test_a_full_cache_is_not_filled_beyond_its_end(tmp_path: Path) -> None:
+    path = toy_gguf(tmp_path / "m.gguf", "llama", dtype="q4_0")
+    with Backbone.open(path, extra_bufts=True, threads=1, n_ctx=256, n_seq_max=2) as backbone:
+        backbone.prefill(np.arange(100), seq=1, logits="none")
+        backbone.prefill(np.arange(99), logits="none")
+        backbone.prefill(np.arange(54), logits="none")
+        backbone.prefill(np.arange(3))
+        assert [backbone.length(seq) for seq in (0, 1)] == [156, 100]
