@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -193,6 +194,8 @@ def run(context: click.Context, /, arguments: tuple[str, ...], **options: Any) -
     }
     _check_outputs(options)
     commands.get(mode, _answer)(arguments, options)
+    if mode not in commands and context.obj:
+        context.obj()
 
 
 def _check_options(mode: str, context: click.Context) -> None:
@@ -419,7 +422,7 @@ def main() -> None:
     # This process is ours: NumPy sees small matrices only, and its BLAS workers would just spin.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
-        run(standalone_mode=False)
+        run(standalone_mode=False, obj=_finish)
     except MSEError as error:
         leave(error.exit_code, f"mse-run: {error}")
     except click.ClickException as error:
@@ -429,6 +432,19 @@ def main() -> None:
         leave(130, "mse-run: interrupted")
     except BrokenPipeError:
         leave(0)
+
+
+def _finish() -> None:
+    """The end after one answer: without taking the interpreter apart, which takes a while.
+
+    A kept prefix that is still being written is waited for.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread() and not thread.daemon:
+            thread.join()
+    os._exit(0)
 
 
 def leave(code: int, message: str | None = None) -> NoReturn:
