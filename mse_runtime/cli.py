@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -432,6 +433,10 @@ def main() -> None:
         leave(130, "mse-run: interrupted")
     except BrokenPipeError:
         leave(0)
+    except OSError as error:
+        if error.filename is not None or error.errno != errno.ENOSPC:
+            raise
+        leave(5, "mse-run: the answer could not be written: no space left where stdout goes.")
 
 
 def _finish() -> None:

@@ -129,6 +129,17 @@ def test_broken_utf8_is_said() -> None:
     assert "UTF-8" in refused(done, 2)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_an_answer_that_cannot_be_written() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "mse_runtime.cli", str(CLIP), TEXT, "--jsonl"],
+            stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        )  # fmt: skip
+    assert done.returncode == 5
+    assert "no space left" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_bad_media(tmp_path: Path) -> None:
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.mp4").write_text("not a video at all\n" * 50)
