@@ -19,8 +19,10 @@ template <> struct Stored<2> {
 };
 
 constexpr int kPanel = 4 * W;
-// Depth whose panel block (32 KB of f32) stays in the first-level cache while the rows go by.
-constexpr int kDepth = 8192 / kPanel;
+// Depth whose panel block (256 KB of f32 with the widest vectors) stays in the second-level cache while
+// the rows go by: from there four vectors come in time for 24 multiply-adds, and the sums stay in
+// registers for longer than with a block for the first level (bench/adapter.py, CHERMA: -2.5 %).
+constexpr int kDepth = 1024;
 constexpr int kLine = 16;  // floats of a cache line
 
 // Before a loop over accumulators: GCC keeps them in registers only if it unrolls early, and
