@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from bundles import TEXT, Pair, features
 
+from mse_kernels import ggml
 from mse_runtime.analyzer import Analyzer
 from mse_runtime.backbone import Backbone, library
 from mse_runtime.bundle import load_bundle
@@ -155,7 +156,10 @@ class Layout:
 
 
 class Raw:
-    """A second context on the same weights, driven through the C API with nothing in between."""
+    """A second context on the same weights, driven through the C API with nothing in between.
+
+    With llama.cpp's own product of Q4_0 weights, not with ours that stands in for it.
+    """
 
     def __init__(self, backbone: Backbone, n_ctx: int | None = None) -> None:
         self.lib = lib = library.load()
@@ -181,8 +185,12 @@ class Raw:
         lib.llama_memory_clear(self.memory, False)
         batch = lib.llama_batch_get_one(ids.ctypes.data_as(ctypes.POINTER(lib.llama_token)), n)
         batch.logits = flags.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
-        if lib.llama_decode(self.context, batch):
-            raise SystemExit("llama_decode failed")
+        ggml.use(False, library.folder())
+        try:
+            if lib.llama_decode(self.context, batch):
+                raise SystemExit("llama_decode failed")
+        finally:
+            ggml.use(library.q4_0_product() == "mse_kernels", library.folder())
         lib.llama_get_logits_ith(self.context, -1)[0]
         return time.perf_counter() - begun
 

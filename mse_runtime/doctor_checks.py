@@ -149,6 +149,7 @@ def llama_cpp() -> Iterator[Finding]:
     system = bindings.llama_print_system_info().decode(errors="replace")
     built = ", ".join(re.findall(r"(\w+) = 1", system))
     yield Finding("llama-cpp-python", "ok", f"{version}, build {library.build_id()} with {built}")
+    yield Finding("product of Q4_0 weights", "ok", f"by {library.q4_0_product()}")
     kinds = [f"{device.kind} {device.description}" for device in library.devices()]
     yield Finding("devices", "ok", "; ".join(kinds) or "the CPU")
     if not bindings.llama_supports_gpu_offload() and _has_gpu():

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import hypothesis
 import pytest
 
+from mse_runtime.backbone import library
+from mse_runtime.errors import BackboneError
+
 # Machines that run tests are shared and noisy: no example has a deadline.
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.load_profile("default")
+
+# Before a test module imports the whole of llama_cpp: the runtime loads it so that the product of
+# Q4_0 weights of mse_kernels stands in for its own.
+with suppress(BackboneError):
+    library.load()
 
 ROOT = Path(__file__).resolve().parent.parent
 

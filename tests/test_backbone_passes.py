@@ -136,9 +136,11 @@ def test_a_failed_pass_leaves_the_tap_off(open_toy: Open) -> None:
 
 @given(st.integers(1, 4096))
 def test_fillers_are_few_and_end_on_whole_tiles(n: int) -> None:
-    more = fillers(n)
-    assert 0 <= more <= 3
-    assert (n + more) % 4 == 0 or (more == 0 and n % 4 == 1)
+    assert (n + fillers(n, "mse_kernels")) % 4 == 0
+    for product in ("mse_kernels", "llama.cpp"):
+        more = fillers(n, product)
+        assert 0 <= more <= 3
+        assert (n + more) % 4 == 0 or (more == 0 and n % 4 == 1)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 7, 13, 14, 15])

@@ -137,7 +137,8 @@ def test_an_answer_that_cannot_be_written() -> None:
             stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT,
         )  # fmt: skip
     assert done.returncode == 5
-    assert "no space left" in done.stderr and "Traceback" not in done.stderr
+    assert "no space left" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_bad_media(tmp_path: Path) -> None:

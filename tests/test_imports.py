@@ -42,8 +42,8 @@ def test_a_whole_run_stays_free_of_training_packages() -> None:
     code = (
         "import sys, contextlib, io\n"
         f"sys.argv = ['mse-run', {str(clip)!r}, 'I love it', '--json']\n"
-        "from mse_runtime.cli import main\n"
-        "with contextlib.redirect_stdout(io.StringIO()): main()"
+        "from mse_runtime.cli import run\n"
+        "with contextlib.redirect_stdout(io.StringIO()): run(standalone_mode=False)"
     )
     loaded = modules_after(code)
     assert "llama_cpp" in loaded

@@ -51,13 +51,15 @@ class Entries:
         )
 
 
-def fillers(n: int) -> int:
+def fillers(n: int, product: str) -> int:
     """How many entries more make a pass of n cheaper where the weights are repacked.
 
-    llama.cpp multiplies them with 16 rows at a time, with four for what is left, and with single
-    rows at more than half of the price of four for what is left then (see `--positions` of
-    bench/overhead.py).
+    Matrices are multiplied with four rows at a time, what is left with single ones that cost about
+    as much as four. llama.cpp's own product (`library.q4_0_product`) has a faster way for 16, and
+    single rows cost it half as much as four (see `--positions` of bench/overhead.py).
     """
+    if product != "llama.cpp":
+        return -n % 4
     if n % 16 > 12:
         return -n % 16
     return -n % 4 if n % 4 > 1 else 0

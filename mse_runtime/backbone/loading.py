@@ -269,6 +269,7 @@ def _describe(
         "offloaded_layers": offloaded,
         "threads": options.threads,
         "extra_bufts": extra,
+        "q4_0": library.q4_0_product(),
         "buffers_mib": buffers,
         "warnings": warnings,
     }

@@ -80,7 +80,7 @@ class Passes(Sequences):
     def _run(self, entries: Entries) -> None:
         """`llama_decode`, filled up where that is cheaper and there is room."""
         spare = self._options.n_sequences - 1
-        more = 0 if self.info["mapped"] else fillers(len(entries))
+        more = 0 if self.info["mapped"] else fillers(len(entries), self.info["q4_0"])
         used = sum(self.length(seq) for seq in range(self.n_seq_max))
         if more and used + len(entries) + more <= self.n_ctx:
             entries = entries.filled(more, spare)

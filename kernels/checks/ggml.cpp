@@ -1,0 +1,107 @@
+// What llama.cpp calls (src/ggml_q4_0.cpp, src/tap.cpp) under the sanitizers: buffers of exactly the
+// size that is needed, random shapes, against plain loops.
+//
+//   ggml ROUNDS SEED
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "../src/abi.h"
+
+extern "C" void ggml_gemm_q4_0_8x8_q8_0(int n, float *out, size_t stride, const void *weights,
+                                        const void *activations, int n_rows, int n_columns);
+extern "C" uint64_t mse_ggml_calls(void);
+
+static std::mt19937 random_bits;
+
+static int below(int n) { return static_cast<int>(random_bits() % static_cast<unsigned>(n)); }
+
+// Float16 scales that are powers of two, so that the plain loop needs no conversion.
+static const uint16_t kHalfs[] = {0x3c00, 0x3800, 0x3400, 0xbc00, 0x0000, 0x4000};
+static const float kFloats[] = {1.0f, 0.5f, 0.25f, -1.0f, 0.0f, 2.0f};
+
+static bool product() {
+  const int blocks = 1 + below(9), groups = 1 + below(7), eights = 1 + below(6);
+  const int rows = 4 * groups, columns = 8 * eights, stride = columns + below(5);
+  const size_t nw = static_cast<size_t>(eights) * blocks, na = static_cast<size_t>(groups) * blocks;
+  std::vector<uint8_t> w(nw * 144), a(na * 136);
+  std::vector<float> ws(nw * 8), as(na * 4);
+  for (auto &byte : w) byte = static_cast<uint8_t>(random_bits());
+  for (auto &byte : a) byte = static_cast<uint8_t>(random_bits());
+  for (size_t i = 0; i < ws.size(); i++) {
+    const int s = below(6);
+    memcpy(&w[i / 8 * 144 + i % 8 * 2], &kHalfs[s], 2);
+    ws[i] = kFloats[s];
+  }
+  for (size_t i = 0; i < as.size(); i++) {
+    const int s = below(6);
+    memcpy(&a[i / 4 * 136 + i % 4 * 2], &kHalfs[s], 2);
+    as[i] = kFloats[s];
+  }
+  const float untouched = 12345.0f;
+  std::vector<float> out(static_cast<size_t>(stride) * (rows - 1) + columns, untouched);
+  ggml_gemm_q4_0_8x8_q8_0(32 * blocks, out.data(), stride, w.data(), a.data(), rows, columns);
+  for (int r = 0; r < rows; r++)
+    for (int c = 0; c < stride && static_cast<size_t>(r) * stride + c < out.size(); c++) {
+      const float found = out[static_cast<size_t>(r) * stride + c];
+      if (c >= columns) {
+        if (found != untouched) return printf("wrote beside row %d\n", r), false;
+        continue;
+      }
+      double sum = 0, most = 1;
+      for (int b = 0; b < blocks; b++) {
+        const size_t i = static_cast<size_t>(c / 8) * blocks + b;
+        const size_t j = static_cast<size_t>(r / 4) * blocks + b;
+        int dot = 0;
+        for (int k = 0; k < 32; k++) {
+          const uint8_t byte = w[i * 144 + 16 + k % 16 / 8 * 64 + c % 8 * 8 + k % 8];
+          const int nibble = (k < 16 ? byte : byte >> 4) & 15;
+          const int weight = nibble < 8 ? nibble : nibble - 16;
+          dot += weight * static_cast<int8_t>(a[j * 136 + 8 + k / 8 * 32 + r % 4 * 8 + k % 8]);
+        }
+        const double part = static_cast<double>(ws[i * 8 + c % 8]) * as[j * 4 + r % 4] * dot;
+        sum += part;
+        most += std::fabs(part);
+      }
+      if (!(std::fabs(found - sum) <= 1e-5 * most))
+        return printf("row %d column %d: %g, not %g\n", r, c, found, sum), false;
+    }
+  return true;
+}
+
+struct Node {
+  const char *name;
+  std::vector<float> values;
+};
+
+static const char *name_of(const void *t) { return static_cast<const Node *>(t)->name; }
+static size_t size_of(const void *t) { return static_cast<const Node *>(t)->values.size() * 4; }
+static void read_of(const void *t, void *to, size_t offset, size_t size) {
+  memcpy(to, reinterpret_cast<const char *>(static_cast<const Node *>(t)->values.data()) + offset, size);
+}
+
+static bool tap() {
+  const Node wanted = {"last", std::vector<float>(1 + below(40), 7.0f)}, other = {"lasting", {1.0f}};
+  std::vector<float> rows(1 + below(40));
+  mse_tap t = {name_of, size_of, read_of, "last", rows.data(),
+               static_cast<int64_t>(rows.size() * 4), 0, below(2)};
+  if (mse_tap_node(&other, true, &t)) return printf("asked for another node\n"), false;
+  if (mse_tap_node(&wanted, true, &t) != (t.armed != 0)) return printf("not asked for\n"), false;
+  const bool fits = wanted.values.size() <= rows.size();
+  if (mse_tap_node(&wanted, false, &t) == fits) return printf("did not end there\n"), false;
+  return t.taken == (fits ? static_cast<int64_t>(wanted.values.size() * 4) : 0);
+}
+
+int main(int argc, char **argv) {
+  const int rounds = argc > 1 ? atoi(argv[1]) : 100;
+  random_bits.seed(argc > 2 ? static_cast<unsigned>(atoi(argv[2])) : 0);
+  for (int i = 0; i < rounds; i++)
+    if (!product() || !tap()) return printf("round %d\n", i), 1;
+  printf("%d rounds, %d products\n", rounds, static_cast<int>(mse_ggml_calls()));
+  return 0;
+}
