@@ -25,7 +25,7 @@ def make_plan(
     require_gpu: bool = False,
 ) -> Plan:
     """Where `bundle`'s memory would go on this machine; loads nothing but llama.cpp itself."""
-    from mse_runtime.backbone.file_checks import may_repack
+    from mse_runtime.backbone.file_checks import repacking_pays
     from mse_runtime.probe import fast_path
 
     with Gguf.open(bundle.gguf_path()) as gguf:
@@ -36,7 +36,7 @@ def make_plan(
             gguf,
             n_ctx=positions(bundle),
             low_memory=low_memory,
-            extra_bufts=low_memory or not may_repack(gguf) or fast.extra_bufts,
+            extra_bufts=repacking_pays(gguf) and fast.extra_bufts,
             n_gpu_layers=n_gpu_layers,
             free_vram=free_vram(),
             positions=positions(bundle),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
-__all__ = ["has_amx", "physical_cores"]
+__all__ = ["has_amx", "is_x86", "physical_cores"]
 
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 
@@ -27,6 +28,11 @@ def physical_cores() -> int:
         except OSError:
             cores.add(str(cpu))
     return max(1, len(cores))
+
+
+def is_x86() -> bool:
+    """Whether this is a 64-bit x86 processor."""
+    return platform.machine().lower() in ("x86_64", "amd64")
 
 
 def has_amx() -> bool:

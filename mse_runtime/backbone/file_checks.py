@@ -6,10 +6,11 @@ from mse_runtime.backbone import cpu
 from mse_runtime.errors import BackboneError
 from mse_runtime.gguf import Gguf
 
-__all__ = ["check_file", "may_repack"]
+__all__ = ["check_file", "may_repack", "repacking_pays"]
 
 _FULLY_ROTATED = ("llama", "qwen", "qwen2")
 _MAX_LAYERS = 512  # llama.cpp's own limit
+_FASTER_REPACKED = {"Q4_0", "IQ4_NL", "MXFP4"}  # on x86 without AMX
 
 
 def check_file(gguf: Gguf) -> None:
@@ -58,8 +59,24 @@ def may_repack(gguf: Gguf) -> bool:
     The embedding table never is: its rows are looked up.
     """
     plain = ("F32", "BF16") if cpu.has_amx() else ("F32", "BF16", "F16")
-    return any(
-        info.type not in plain
+    return any(kind not in plain for kind in _matrices(gguf))
+
+
+def repacking_pays(gguf: Gguf) -> bool:
+    """Whether answers are faster from repacked weights.
+
+    On x86 without AMX llama.cpp multiplies K-quants faster from the file's own layout, whatever the
+    length of a pass, and has no repacked layout for others; what is not repacked is mapped, which
+    takes no time.
+    """
+    if cpu.is_x86() and not cpu.has_amx():
+        return not _FASTER_REPACKED.isdisjoint(_matrices(gguf))
+    return may_repack(gguf)
+
+
+def _matrices(gguf: Gguf) -> set[str]:
+    return {
+        info.type
         for info in gguf.tensors.values()
         if len(info.shape) > 1 and info.name != "token_embd.weight"
-    )
+    }

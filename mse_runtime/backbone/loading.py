@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mse_runtime.backbone import cpu, library
-from mse_runtime.backbone.file_checks import check_file, may_repack
+from mse_runtime.backbone.file_checks import check_file, may_repack, repacking_pays
 from mse_runtime.backbone.head import make_tap
 from mse_runtime.backbone.rotary import TABLES, RopeTable, Rounding
 from mse_runtime.errors import BackboneError
@@ -123,8 +123,8 @@ def _extra_bufts(gguf: Gguf, options: Options) -> tuple[bool, dict[str, Any], li
         return False, {"outcome": "not asked: low_memory"}, []
     if options.extra_bufts is not None:
         return options.extra_bufts, {"outcome": "not asked: extra_bufts was given"}, []
-    if not may_repack(gguf):
-        return True, {"outcome": "not asked: unquantised weights are not repacked"}, []
+    if not repacking_pays(gguf):
+        return False, {"outcome": "not asked: repacking these weights would not pay"}, []
     from mse_runtime import probe
 
     found = probe.fast_path()
