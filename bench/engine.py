@@ -185,12 +185,12 @@ class Raw:
         lib.llama_memory_clear(self.memory, False)
         batch = lib.llama_batch_get_one(ids.ctypes.data_as(ctypes.POINTER(lib.llama_token)), n)
         batch.logits = flags.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
-        ggml.use(False, library.folder())
+        ggml.use(None, library.folder())
         try:
             if lib.llama_decode(self.context, batch):
                 raise SystemExit("llama_decode failed")
         finally:
-            ggml.use(library.q4_0_product() == "mse_kernels", library.folder())
+            ggml.use(next(iter(ggml.kernels()), None), library.folder())
         lib.llama_get_logits_ith(self.context, -1)[0]
         return time.perf_counter() - begun
 

@@ -19,22 +19,27 @@ from mse_kernels import ggml
 from mse_runtime.backbone import Backbone, library
 
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
-BUILD = (
-    *("-std=c++17", "-O1", "-g", "-w", "-fsanitize=address,undefined"),
-    *("-fno-sanitize-recover=all", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
-    *("-mavx512vnni", "-mavx2", "-mfma", "-mf16c"),
-)
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
+UNITS = {
+    "ggml_q4_0": ("-DMSE_AVX_VNNI", "-DMSE_AVX512_VNNI"),
+    "ggml_q4_0_avx2": AVX2,
+    "ggml_q4_0_avx2 ": (*AVX2, "-mavxvnni", "-DMSE_AVX_VNNI"),
+    "ggml_q4_0_avx512": (*AVX2, *AVX512),
+    "tap": (),
+}
+OURS = library.q4_0_product() != "llama.cpp"  # loaded in conftest.py
 pytestmark = pytest.mark.skipif(
-    library.q4_0_product() != "mse_kernels",  # loaded in conftest.py
-    reason="no AVX-512 VNNI here, or the kernel library was not built",
+    not OURS, reason="no x86-64 with AVX2, no Linux, or the kernel library was not built"
 )
-FOLDER = library.folder() if library.q4_0_product() == "mse_kernels" else Path()
+FOLDER = library.folder() if OURS else Path()
+NAMES = ggml.kernels() if OURS else ()
 
 
 @pytest.fixture(autouse=True)
 def ours_afterwards() -> Iterator[None]:
     yield
-    ggml.use(True, FOLDER)
+    ggml.use(NAMES[0], FOLDER)
 
 
 def operands(blocks: int, groups: int, eights: int, seed: int) -> tuple[Any, Any]:
@@ -48,6 +53,11 @@ def operands(blocks: int, groups: int, eights: int, seed: int) -> tuple[Any, Any
     rows["scale"] = rng.standard_normal(rows["scale"].shape)
     rows["values"] = rng.integers(-128, 128, rows["values"].shape)
     return weights, rows
+
+
+def ours(name: str, weights: Any, rows: Any) -> np.ndarray:
+    ggml.use(name, FOLDER)
+    return ggml.product(ggml._GEMM((ggml.SYMBOL, ggml.preload())), weights, rows)
 
 
 def plain(weights: Any, rows: Any) -> np.ndarray:
@@ -65,24 +75,38 @@ def plain(weights: Any, rows: Any) -> np.ndarray:
     return np.einsum("mnb,nb,mb->mn", dots, by_column, by_row)
 
 
+@pytest.mark.parametrize("name", NAMES)
 @given(st.integers(1, 12), st.integers(1, 7), st.integers(1, 6), st.integers(0, 99))
-def test_the_product_is_the_plain_one(blocks: int, groups: int, eights: int, seed: int) -> None:
+def test_the_product_is_the_plain_one(
+    name: str, blocks: int, groups: int, eights: int, seed: int
+) -> None:
     weights, rows = operands(blocks, groups, eights, seed)
-    own = ggml._GEMM(("mse_ggml_gemm_q4_0", ggml.preload()))
-    found, expected = ggml.product(own, weights, rows), plain(weights, rows)
-    assert np.abs(found - expected).max() <= 1e-5 * (1 + np.abs(expected).max())
+    expected = plain(weights, rows)
+    scale = 1 + np.abs(expected).max()
+    assert np.abs(ours(name, weights, rows) - expected).max() <= 1e-5 * scale
     theirs = ggml.product(ggml.theirs(FOLDER), weights, rows)
-    assert np.abs(theirs - expected).max() <= 1e-4 * (1 + np.abs(expected).max())
+    assert np.abs(theirs - expected).max() <= 1e-4 * scale
 
 
-def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
-    own = ggml._GEMM(("mse_ggml_gemm_q4_0", ggml.preload()))
+@pytest.mark.parametrize("name", NAMES)
+def test_sums_at_the_ends_of_their_ranges(name: str) -> None:
+    weights, rows = operands(3, 2, 1, 0)
+    for nibbles in (0x00, 0x88, 0x77, 0xFF):
+        for value in (-128, 127):
+            weights["values"], rows["values"] = nibbles, value
+            expected = plain(weights, rows)
+            found = ours(name, weights, rows)
+            assert np.abs(found - expected).max() <= 1e-5 * (1 + np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_does_not_depend_on_the_rows_beside_it(name: str) -> None:
     weights, rows = operands(5, 7, 3, 0)
-    together = ggml.product(own, weights, rows)
-    alone = [ggml.product(own, weights, rows[i : i + 1]) for i in range(7)]
+    together = ours(name, weights, rows)
+    alone = [ours(name, weights, rows[i : i + 1]) for i in range(7)]
     assert np.array_equal(together, np.concatenate(alone))
     with ThreadPoolExecutor(4) as pool:
-        again = list(pool.map(lambda _: ggml.product(own, weights, rows), range(16)))
+        again = list(pool.map(lambda _: ours(name, weights, rows), range(16)))
     assert all(np.array_equal(one, together) for one in again)
 
 
@@ -90,16 +114,17 @@ def test_llama_cpp_calls_ours_by_name(tmp_path: Path) -> None:
     path = toy_gguf(tmp_path / "m.gguf", "llama", dtype="q4_0")
     logits, counts = [], []
     with Backbone.open(path, threads=2, extra_bufts=True) as backbone:
-        assert backbone.info["q4_0"] == "mse_kernels"
-        for own in (True, False):
-            ggml.use(own, FOLDER)
+        assert backbone.info["q4_0"] == f"mse_kernels, {NAMES[0]}"
+        for kernel in (*NAMES, None):
+            ggml.use(kernel, FOLDER)
             before = ggml.calls()
             backbone.clear()
             logits.append(backbone.prefill(np.arange(30)))
             counts.append(ggml.calls() - before)
-    assert counts[0] > 0
-    assert counts[1] == 0
-    assert np.abs(logits[0] - logits[1]).max() <= 1e-4 * np.abs(logits[1]).max()
+    assert all(counts[:-1])
+    assert counts[-1] == 0
+    for found in logits[:-1]:
+        assert np.abs(found - logits[-1]).max() <= 1e-4 * np.abs(logits[-1]).max()
 
 
 def test_a_llama_cpp_that_was_loaded_before_keeps_its_own() -> None:
@@ -132,16 +157,28 @@ def test_without_the_instructions_or_the_function_nothing_stands_in(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert not ggml.settle(tmp_path)  # no llama.cpp there
-    monkeypatch.setattr(ggml, "_FLAGS", ("avx512f", "another"))
-    assert not ggml._suits()
-    assert ggml.preload.__wrapped__() is None
+    with monkeypatch.context() as patch:
+        patch.setattr(ggml, "KERNELS", {"avx2": (1, ("avx2", "another"))})
+        assert ggml.kernels() == ()
+        assert ggml.preload.__wrapped__() is None
 
 
 def test_what_llama_cpp_calls_under_the_sanitizers(tmp_path: Path) -> None:
+    base = ["c++", "-std=c++17", "-O1", "-g", "-w", "-fsanitize=address,undefined"]
+    base.append("-fno-sanitize-recover=all")
+
+    def compiled(unit: tuple[str, tuple[str, ...]]) -> str:
+        out = tmp_path / f"{unit[0].replace(' ', '_')}.o"
+        source = KERNELS / "src" / f"{unit[0].strip()}.cpp"
+        subprocess.run([*base, *unit[1], "-c", str(source), "-o", str(out)], check=True)
+        return str(out)
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, UNITS.items()))
     program = tmp_path / "ggml"
-    sources = [KERNELS / "checks" / "ggml.cpp", *(KERNELS / "src").glob("ggml_q4_0.cpp")]
-    sources.append(KERNELS / "src" / "tap.cpp")
-    subprocess.run(["c++", *BUILD, *map(str, sources), "-o", str(program)], check=True)
-    done = subprocess.run([str(program), "300", "1"], capture_output=True, text=True)
+    check = str(KERNELS / "checks" / "ggml.cpp")
+    subprocess.run([*base, check, *objects, "-o", str(program)], check=True)
+    numbers = [str(ggml.KERNELS[name][0]) for name in NAMES]
+    done = subprocess.run([str(program), "300", "1", *numbers], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert "300 products" in done.stdout
+    assert f"{300 * len(NAMES)} products" in done.stdout

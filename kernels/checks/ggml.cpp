@@ -1,7 +1,7 @@
 // What llama.cpp calls (src/ggml_q4_0.cpp, src/tap.cpp) under the sanitizers: buffers of exactly the
 // size that is needed, random shapes, against plain loops.
 //
-//   ggml ROUNDS SEED
+//   ggml ROUNDS SEED KERNEL...
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -16,6 +16,8 @@
 extern "C" void ggml_gemm_q4_0_8x8_q8_0(int n, float *out, size_t stride, const void *weights,
                                         const void *activations, int n_rows, int n_columns);
 extern "C" uint64_t mse_ggml_calls(void);
+extern "C" int32_t mse_ggml_has(int32_t kernel);
+extern "C" void mse_ggml_use(void *original, int32_t kernel);
 
 static std::mt19937 random_bits;
 
@@ -100,8 +102,12 @@ static bool tap() {
 int main(int argc, char **argv) {
   const int rounds = argc > 1 ? atoi(argv[1]) : 100;
   random_bits.seed(argc > 2 ? static_cast<unsigned>(atoi(argv[2])) : 0);
-  for (int i = 0; i < rounds; i++)
-    if (!product() || !tap()) return printf("round %d\n", i), 1;
-  printf("%d rounds, %d products\n", rounds, static_cast<int>(mse_ggml_calls()));
+  for (int k = 3; k < argc; k++) {
+    if (!mse_ggml_has(atoi(argv[k]))) return printf("no kernel %s\n", argv[k]), 1;
+    mse_ggml_use(nullptr, atoi(argv[k]));
+    for (int i = 0; i < rounds; i++)
+      if (!product() || !tap()) return printf("kernel %s, round %d\n", argv[k], i), 1;
+  }
+  printf("%d products\n", static_cast<int>(mse_ggml_calls()));
   return 0;
 }

@@ -1,10 +1,10 @@
-"""llama.cpp's product of repacked Q4_0 weights in our version (`src/ggml_q4_0.cpp`).
+"""llama.cpp's product of repacked Q4_0 weights in our version (`src/ggml_q4_0.h`).
 
     ggml.preload()              # before llama.cpp is loaded: later its names are bound already
     ...
     ggml.settle(folder)         # afterwards: compared with llama.cpp's own on a sample
 
-Linux on x86-64 with AVX-512 VNNI only: elsewhere nothing is loaded and llama.cpp runs its own.
+Linux on x86-64 only: elsewhere nothing is loaded and llama.cpp runs its own.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,46 +20,67 @@ import numpy as np
 
 import mse_kernels
 
-__all__ = ["SYMBOL", "calls", "preload", "product", "settle", "theirs", "use"]
+__all__ = ["KERNELS", "SYMBOL", "calls", "kernels", "preload", "product", "settle", "theirs", "use"]
 
 SYMBOL = "ggml_gemm_q4_0_8x8_q8_0"
-_FLAGS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "f16c")
-_SIGNATURE = (
+_AVX2 = ("avx2", "fma", "f16c")
+_AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni")
+KERNELS = {
+    "avx512_vnni": (3, _AVX512),
+    "avx_vnni": (2, (*_AVX2, "avx_vnni")),
+    "avx2": (1, _AVX2),
+}
+"""Name -> number in the library, and what the processor must have; best first."""
+_GEMM = ctypes.CFUNCTYPE(
     *(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t),
     *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int),
 )
-_GEMM = ctypes.CFUNCTYPE(*_SIGNATURE)
 WEIGHTS = np.dtype([("scale", "<f2", 8), ("values", "u1", 128)])
 ACTIVATIONS = np.dtype([("scale", "<f2", 4), ("values", "i1", 128)])
 
 
 @cache
 def preload() -> Any:
-    """The library, its symbols global; None where this machine or build has none."""
-    if sys.platform != "linux" or not _suits():
+    """The library, its symbols global and its best kernel chosen; None where there is none."""
+    if sys.platform != "linux":
         return None
     # An editable install has two folders on the path: the sources' and the built library's.
     for folder in mse_kernels.__path__:
         path = Path(folder) / "libmse_ggml.so"
-        if path.is_file():
-            try:
-                lib = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-            except OSError:
+        if not path.is_file():
+            continue
+        try:
+            found = _runnable(ctypes.CDLL(str(path)))
+            if not found:
                 return None
-            lib.mse_ggml_use.argtypes = [ctypes.c_void_p, ctypes.c_bool]
-            lib.mse_ggml_use.restype = None
-            lib.mse_ggml_calls.argtypes, lib.mse_ggml_calls.restype = [], ctypes.c_uint64
-            return lib
+            lib = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        except (OSError, AttributeError):
+            return None
+        lib.mse_ggml_use.argtypes = [ctypes.c_void_p, ctypes.c_int32]
+        lib.mse_ggml_use.restype = None
+        lib.mse_ggml_calls.argtypes, lib.mse_ggml_calls.restype = [], ctypes.c_uint64
+        lib.mse_ggml_use(None, KERNELS[found[0]][0])
+        return lib
     return None
 
 
-def _suits() -> bool:
+def kernels() -> tuple[str, ...]:
+    """The kernels of the library that this processor runs, best first."""
+    lib = preload()
+    return () if lib is None else _runnable(lib)
+
+
+def _runnable(lib: ctypes.CDLL) -> tuple[str, ...]:
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        return False
+        return ()
     flags = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
-    return set(_FLAGS) <= set(flags)
+    return tuple(
+        name
+        for name, (number, needs) in KERNELS.items()
+        if set(needs) <= set(flags) and lib.mse_ggml_has(number)
+    )
 
 
 def theirs(folder: Path) -> Any:
@@ -74,27 +94,27 @@ def theirs(folder: Path) -> Any:
     return None
 
 
-def settle(folder: Path) -> bool:
-    """Whether ours stands in from now on: both are there and agree on a sample."""
-    lib, other = preload(), theirs(folder)
+def settle(folder: Path) -> str | None:
+    """The name of the kernel that stands in from now on: ours and theirs agree on a sample."""
+    lib, other, names = preload(), theirs(folder), kernels()
     if lib is None or other is None:
-        return False
-    own = _GEMM(("mse_ggml_gemm_q4_0", lib))
+        return None
     rng = np.random.default_rng(0)
     weights, activations = np.zeros((3, 3), WEIGHTS), np.zeros((3, 3), ACTIVATIONS)
     weights["scale"] = rng.uniform(-0.02, 0.02, weights["scale"].shape)
     weights["values"] = rng.integers(0, 256, weights["values"].shape)
     activations["scale"] = rng.uniform(0, 0.02, activations["scale"].shape)
     activations["values"] = rng.integers(-127, 128, activations["values"].shape)
-    found, expected = (product(f, weights, activations) for f in (own, other))
-    agree = bool(np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max())
-    use(agree, folder)
-    return agree
+    use(names[0], folder)
+    found = product(_GEMM((SYMBOL, lib)), weights, activations)
+    expected = product(other, weights, activations)
+    if np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max():
+        return names[0]
+    use(None, folder)
+    return None
 
 
-def product(
-    gemm: Callable[..., None], weights: np.ndarray, activations: np.ndarray
-) -> np.ndarray[Any, np.dtype[np.float32]]:
+def product(gemm: Any, weights: Any, activations: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Repacked weights [N / 8, K / 32] and rows [M / 4, K / 32] -> float32 [M, N]."""
     (columns, blocks), rows = weights.shape, len(activations)
     out = np.full((4 * rows, 8 * columns), np.nan, np.float32)
@@ -105,11 +125,12 @@ def product(
     return out
 
 
-def use(own: bool, folder: Path) -> None:
-    """Let ours or llama.cpp's stand behind the name, in this process, from the next product on."""
+def use(kernel: str | None, folder: Path) -> None:
+    """What stands behind the name in this process from now on; None: llama.cpp's own."""
     lib, other = preload(), theirs(folder)
     if lib is not None and other is not None:
-        lib.mse_ggml_use(ctypes.cast(other, ctypes.c_void_p), own)
+        number = KERNELS[kernel][0] if kernel else 0
+        lib.mse_ggml_use(ctypes.cast(other, ctypes.c_void_p), number)
 
 
 def calls() -> int:

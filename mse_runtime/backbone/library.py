@@ -133,11 +133,12 @@ def _faster_q4_0(where: Path) -> Iterator[None]:
         return
     ggml.preload()
     yield
-    _q4_0 = "mse_kernels" if ggml.settle(where) else "llama.cpp"
+    if kernel := ggml.settle(where):
+        _q4_0 = f"mse_kernels, {kernel}"
 
 
 def q4_0_product() -> str:
-    """Whose product of repacked Q4_0 weights runs: `mse_kernels` or `llama.cpp`."""
+    """Whose product of repacked Q4_0 weights runs: `mse_kernels, KERNEL` or `llama.cpp`."""
     return _q4_0
 
 
