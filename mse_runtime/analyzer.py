@@ -75,9 +75,14 @@ class Analyzer:
         self._constant: NDArray[np.int32] = np.empty(0, np.int32)
         self._load_seconds = self._load_started = 0.0
         self.last_features: Features | None = None
+        program = measured().rss  # before the features' part is used, beside the planning
         self._plan: Future[Plan] = background.start(
             lambda: make_plan(
-                bundle, n_gpu_layers=n_gpu_layers, low_memory=low_memory, require_gpu=require_gpu
+                bundle,
+                n_gpu_layers=n_gpu_layers,
+                low_memory=low_memory,
+                require_gpu=require_gpu,
+                program=program,
             ),
             "mse-plan",
         )

@@ -23,8 +23,12 @@ def make_plan(
     n_gpu_layers: int | None = None,
     low_memory: bool = False,
     require_gpu: bool = False,
+    program: int | None = None,
 ) -> Plan:
-    """Where `bundle`'s memory would go on this machine; loads nothing but llama.cpp itself."""
+    """Where `bundle`'s memory would go on this machine; loads nothing but llama.cpp itself.
+
+    program: bytes of the process before anything of the plan is used; default what it has now.
+    """
     from mse_runtime.backbone.file_checks import repacking_pays
     from mse_runtime.probe import fast_path
 
@@ -42,6 +46,7 @@ def make_plan(
             positions=positions(bundle),
             adapter=bundle.adapter.onnx.size,
             features=FEATURE_BYTES,
+            program=program,
         )
     if require_gpu:
         check_gpu(made)
