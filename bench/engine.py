@@ -178,19 +178,23 @@ class Raw:
 
     def decode(self, n: int, n_logits: int = 1) -> float:
         """Seconds of one `llama_decode` of `n` tokens, logits for the last `n_logits` of them."""
-        lib = self.lib
         ids = (np.arange(n) * 37 % self.n_vocab).astype(np.int32)
         flags = (np.arange(n) >= n - n_logits).astype(np.int8)
+        ggml.use(None, library.folder())
+        try:
+            return self._timed(ids, flags)
+        finally:
+            if library.q4_0_product() != "llama.cpp":
+                ggml.use(ggml.kernels()[0], library.folder())
+
+    def _timed(self, ids: Ids, flags: Any) -> float:
+        lib, n = self.lib, len(ids)
         begun = time.perf_counter()
         lib.llama_memory_clear(self.memory, False)
         batch = lib.llama_batch_get_one(ids.ctypes.data_as(ctypes.POINTER(lib.llama_token)), n)
         batch.logits = flags.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
-        ggml.use(None, library.folder())
-        try:
-            if lib.llama_decode(self.context, batch):
-                raise SystemExit("llama_decode failed")
-        finally:
-            ggml.use(next(iter(ggml.kernels()), None), library.folder())
+        if lib.llama_decode(self.context, batch):
+            raise SystemExit("llama_decode failed")
         lib.llama_get_logits_ith(self.context, -1)[0]
         return time.perf_counter() - begun
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from mse_kernels import ggml
 from mse_runtime.backbone import Backbone, library
 
 
@@ -38,12 +39,15 @@ class Raw:
         self.memory = lib.llama_get_memory(self.context)
 
     def prefill(self, ids: np.ndarray[Any, Any]) -> float:
-        """The first logit after `ids`."""
+        """The first logit after `ids`, by llama.cpp's own product of Q4_0 weights."""
         lib = self.lib
+        ggml.use(None, library.folder())
         lib.llama_memory_clear(self.memory, False)
         pointer = ids.ctypes.data_as(ctypes.POINTER(lib.llama_token))
         if lib.llama_decode(self.context, lib.llama_batch_get_one(pointer, len(ids))):
             raise SystemExit("llama_decode failed")
+        if library.q4_0_product() != "llama.cpp":
+            ggml.use(ggml.kernels()[0], library.folder())
         return float(lib.llama_get_logits_ith(self.context, -1)[0])
 
     def close(self) -> None:

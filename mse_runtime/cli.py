@@ -436,7 +436,7 @@ def main() -> None:
     except OSError as error:
         if error.filename is not None or error.errno != errno.ENOSPC:
             raise
-        leave(5, "mse-run: the answer could not be written: no space left where stdout goes.")
+        leave(5, "mse-run: the answer could not be written: no space left.")
 
 
 def _finish() -> None:

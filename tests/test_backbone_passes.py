@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ from make_fixtures import ARCHES, toy_gguf
 
 from mse_runtime.backbone import Backbone, head
 from mse_runtime.backbone.batch import fillers
+from mse_runtime.backbone.file_checks import repacking_pays
 from mse_runtime.errors import BackboneError
+from mse_runtime.gguf import TensorInfo
 
 pytest_plugins = ("backbone_fixtures",)
 
@@ -95,6 +98,9 @@ def test_where_the_pass_cannot_end_early_all_logits_are_cut(
     table = "bf16" if reason == "rounded" else "exact"
     backbone = open_toy(n_ctx=1024, rope_table=table)
     if reason == "no room":
+        pytest.importorskip("mse_kernels.tap")
+        if backbone._tap is None:
+            pytest.skip("the kernel library was not built")
         backbone._tap._struct.capacity = 100
     found = backbone.prefill_tree(ids, TOKENS, PARENTS, candidates=ONLY)
     backbone.clear()
@@ -124,6 +130,8 @@ def test_candidates_that_do_not_exist(open_toy: Open) -> None:
 
 def test_a_failed_pass_leaves_the_tap_off(open_toy: Open) -> None:
     backbone = open_toy(n_seq_max=2)
+    if backbone._tap is None:
+        pytest.skip("the kernel library was not built")
     backbone.prefill(np.arange(120), seq=1, logits="none")
     with pytest.raises(BackboneError, match="no room"):
         backbone.prefill_tree(np.arange(140), [1], [-1], candidates=ONLY)
@@ -176,3 +184,52 @@ def test_a_full_cache_is_not_filled_beyond_its_end(tmp_path: Path) -> None:
         backbone.prefill(np.arange(54), logits="none")
         backbone.prefill(np.arange(3))
         assert [backbone.length(seq) for seq in (0, 1)] == [156, 100]
+
+
+@pytest.mark.parametrize("positions", [10, 16])
+def test_a_pass_is_not_filled_beyond_what_llama_cpp_takes(tmp_path: Path, positions: int) -> None:
+    path = toy_gguf(tmp_path / "m.gguf", "llama", dtype="q4_0")
+    with Backbone.open(path, extra_bufts=True, threads=1, kv_type="f32") as backbone:
+        expected = backbone.prefill(np.arange(30))
+        backbone.shrink(positions)
+        assert worst(backbone.prefill(np.arange(30)), expected) <= 0.02 * np.abs(expected).max()
+
+
+def test_a_tree_of_several_passes_may_end_in_the_last_cell(tmp_path: Path) -> None:
+    """Its nodes are in the cache while the next pass runs: no room to fill that one up."""
+    path = toy_gguf(tmp_path / "m.gguf", "llama", dtype="q4_0")
+    with Backbone.open(path, extra_bufts=True, threads=1, n_ctx=256) as backbone:
+        backbone.prefill(np.arange(190), logits="none")
+        for length in (64, 65):
+            nodes = np.arange(length)
+            found = backbone.prefill_tree([1], nodes, nodes - 1, nodes % 2 == 0)
+            assert np.isfinite(found).all()
+            backbone.truncate(0, 190)
+
+
+# Which weights are repacked at all
+
+
+@pytest.mark.parametrize(
+    ("types", "amx", "x86", "pays"),
+    [
+        ({"Q4_0": 90, "Q6_K": 10}, False, True, True),
+        ({"Q4_K": 60, "Q6_K": 40}, False, True, False),
+        ({"Q2_K": 90, "IQ4_NL": 10}, False, True, False),
+        ({"Q8_0": 100}, False, True, False),
+        ({"Q4_K": 60, "Q6_K": 40}, True, True, True),
+        ({"Q8_0": 100}, False, False, True),
+        ({"F16": 100}, False, False, False),
+    ],
+)
+def test_repacking_pays_for_some_types_on_some_processors(
+    types: dict[str, int], amx: bool, x86: bool, pays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mse_runtime.backbone.cpu.has_amx", lambda: amx)
+    monkeypatch.setattr("mse_runtime.backbone.cpu.is_x86", lambda: x86)
+    tensors = {
+        f"blk.{i}.{kind}": TensorInfo(f"blk.{i}.{kind}", (8, 256), kind, 0, size)
+        for i, (kind, size) in enumerate(types.items())
+    }
+    tensors["token_embd.weight"] = TensorInfo("token_embd.weight", (8, 256), "Q4_0", 0, 900)
+    assert repacking_pays(SimpleNamespace(tensors=tensors)) is pays  # type: ignore[arg-type]

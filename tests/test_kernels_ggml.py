@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,12 +29,11 @@ UNITS = {
     "ggml_q4_0_avx512": (*AVX2, *AVX512),
     "tap": (),
 }
-OURS = library.q4_0_product() != "llama.cpp"  # loaded in conftest.py
+NAMES = ggml.kernels()
 pytestmark = pytest.mark.skipif(
-    not OURS, reason="no x86-64 with AVX2, no Linux, or the kernel library was not built"
+    not NAMES, reason="no x86-64 with AVX2, no Linux, or the kernel library was not built"
 )
-FOLDER = library.folder() if OURS else Path()
-NAMES = ggml.kernels() if OURS else ()
+FOLDER = library.folder()
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +111,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(name: str) -> None:
 
 
 def test_llama_cpp_calls_ours_by_name(tmp_path: Path) -> None:
+    assert library.q4_0_product() == f"mse_kernels, {NAMES[0]}"  # loaded so in conftest.py
     path = toy_gguf(tmp_path / "m.gguf", "llama", dtype="q4_0")
     logits, counts = [], []
     with Backbone.open(path, threads=2, extra_bufts=True) as backbone:
@@ -143,7 +144,7 @@ def test_another_layout_is_left_to_llama_cpp(monkeypatch: pytest.MonkeyPatch) ->
     def other(n: int, out: int, stride: int, w: int, a: int, rows: int, columns: int) -> None:
         real(n, out, stride, a, a, rows, columns)
 
-    monkeypatch.setattr(ggml, "theirs", lambda _: ggml._GEMM(other))
+    monkeypatch.setattr(ggml, "theirs", lambda *_, **__: ggml._GEMM(other))
     assert not ggml.settle(FOLDER)
     before = ggml.calls()
     by_name = ggml._GEMM((ggml.SYMBOL, ggml.preload()))
@@ -157,6 +158,14 @@ def test_without_the_instructions_or_the_function_nothing_stands_in(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert not ggml.settle(tmp_path)  # no llama.cpp there
+    # Then the runtime does not even load ours.
+    code = (
+        "from mse_runtime.backbone import library\n"
+        f"with library._faster_q4_0(library.Path({str(tmp_path)!r})): pass\n"
+        "print(library.q4_0_product(), 'mse_ggml' in open('/proc/self/maps').read())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["llama.cpp", "False"], done.stderr
     with monkeypatch.context() as patch:
         patch.setattr(ggml, "KERNELS", {"avx2": (1, ("avx2", "another"))})
         assert ggml.kernels() == ()
@@ -164,6 +173,8 @@ def test_without_the_instructions_or_the_function_nothing_stands_in(
 
 
 def test_what_llama_cpp_calls_under_the_sanitizers(tmp_path: Path) -> None:
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler here")
     base = ["c++", "-std=c++17", "-O1", "-g", "-w", "-fsanitize=address,undefined"]
     base.append("-fno-sanitize-recover=all")
 

@@ -73,6 +73,6 @@ EXPORT void ggml_gemm_q4_0_8x8_q8_0(int n, float *out, size_t stride, const void
     return;
   }
   const Gemm original = theirs.load(std::memory_order_acquire);
-  if (!original) abort();  // no memory for a few kilobytes, and nobody else to ask
+  if (!original) abort();  // no memory for the rows' scales, and nobody else to ask
   original(n, out, stride, weights, activations, n_rows, n_columns);
 }

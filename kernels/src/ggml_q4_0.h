@@ -120,7 +120,7 @@ void product(int n, float *out, size_t stride, const void *weights, const void *
   for (; j < vectors; j++) p.template columns<1>(groups, j);
 }
 
-inline int64_t eight_bytes(const int8_t *from) {
+static inline int64_t eight_bytes(const int8_t *from) {
   int64_t bits;
   memcpy(&bits, from, sizeof bits);
   return bits;

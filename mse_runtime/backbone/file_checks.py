@@ -63,20 +63,22 @@ def may_repack(gguf: Gguf) -> bool:
 
 
 def repacking_pays(gguf: Gguf) -> bool:
-    """Whether answers are faster from repacked weights.
+    """Whether answers are faster from repacked weights: those that most bytes are of decide.
 
     On x86 without AMX llama.cpp multiplies K-quants faster from the file's own layout, whatever the
     length of a pass, and has no repacked layout for others; what is not repacked is mapped, which
     takes no time.
     """
     if cpu.is_x86() and not cpu.has_amx():
-        return not _FASTER_REPACKED.isdisjoint(_matrices(gguf))
+        sizes = _matrices(gguf)
+        return 2 * sum(sizes.get(kind, 0) for kind in _FASTER_REPACKED) > sum(sizes.values())
     return may_repack(gguf)
 
 
-def _matrices(gguf: Gguf) -> set[str]:
-    return {
-        info.type
-        for info in gguf.tensors.values()
-        if len(info.shape) > 1 and info.name != "token_embd.weight"
-    }
+def _matrices(gguf: Gguf) -> dict[str, int]:
+    """Bytes of the layers' matrices by type; the output matrix, a small model's half, aside."""
+    sizes: dict[str, int] = {}
+    for info in gguf.tensors.values():
+        if len(info.shape) > 1 and info.name not in ("token_embd.weight", "output.weight"):
+            sizes[info.type] = sizes.get(info.type, 0) + info.size
+    return sizes

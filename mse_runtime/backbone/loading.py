@@ -22,6 +22,7 @@ _KV_TYPES = {"f32": 0, "f16": 1}
 _MMAP, _READ = 1, 0  # llama_load_mode
 _PLAIN_ROPE = {-1, 0, 2}  # none, norm, neox; the others take several positions for each token
 _BUFFER = re.compile(r":\s+(\S+)\s+(model|KV|compute|output) buffer size\s*=\s*([\d.]+) MiB")
+_REPACKED = "CPU_REPACK model"
 _OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
 
 
@@ -51,7 +52,7 @@ class Options:
     def checked(self) -> Options:
         """The same with defaults filled in and `n_ctx` rounded up to llama.cpp's step of 256."""
         _check_range("n_ctx", self.n_ctx, 1, 1 << 20)
-        _check_range("n_seq_max", self.n_seq_max, 1, 256)
+        _check_range("n_seq_max", self.n_seq_max, 1, 255)
         _check_range("tree_width", self.tree_width, 0, 255 - self.n_seq_max)
         _check_range("n_gpu_layers", self.n_gpu_layers, -1, 1 << 16)
         n_ctx = -(-self.n_ctx // 256) * 256
@@ -269,7 +270,8 @@ def _describe(
         "offloaded_layers": offloaded,
         "threads": options.threads,
         "extra_bufts": extra,
-        "q4_0": library.q4_0_product(),
+        "repacked": _REPACKED in buffers,
+        "q4_0": library.q4_0_product() if _REPACKED in buffers else "llama.cpp",
         "buffers_mib": buffers,
         "warnings": warnings,
     }

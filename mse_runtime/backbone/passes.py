@@ -21,6 +21,10 @@ Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int32]
 
 
+class NoRoom(DecodeError):
+    """The cache is full; nothing of the pass is in it."""
+
+
 class Passes(Sequences):
     """Runs batches of entries; `Backbone` makes them. Callers hold the lock."""
 
@@ -63,6 +67,11 @@ class Passes(Sequences):
                 hidden = self._tap.disarm()
             if len(hidden) == n:
                 return self._head.logits(hidden, only)
+            if len(hidden):  # the pass ended there, so there are no logits
+                raise BackboneError(
+                    f"{self.path}: {len(hidden)} hidden states came back for {n} wanted ones. "
+                    "This build of llama.cpp cuts passes in another way: report it, please."
+                )
         else:
             self._run(entries)
         if not n:
@@ -79,23 +88,31 @@ class Passes(Sequences):
 
     def _run(self, entries: Entries) -> None:
         """`llama_decode`, filled up where that is cheaper and there is room."""
+        more = fillers(len(entries), self.info["q4_0"]) if self.info["repacked"] else 0
+        used = sum(self.length(seq) for seq in range(self.n_seq_max)) + len(entries) + more
+        whole = min(self.n_batch, self._n_ubatch)  # what llama.cpp neither refuses nor cuts up
+        if not more or used > self.n_ctx or len(entries) + more > whole:
+            self._run_these(entries)
+            return
         spare = self._options.n_sequences - 1
-        more = 0 if self.info["mapped"] else fillers(len(entries), self.info["q4_0"])
-        used = sum(self.length(seq) for seq in range(self.n_seq_max))
-        if more and used + len(entries) + more <= self.n_ctx:
-            entries = entries.filled(more, spare)
+        try:
+            self._run_these(entries.filled(more, spare))
+        except NoRoom:  # nodes of a tree are in no sequence of the caller's, so `used` lacks them
+            self._run_these(entries)
+        finally:
+            self._lib.llama_memory_seq_rm(self._memory, spare, -1, -1)
+
+    def _run_these(self, entries: Entries) -> None:
         mark = library.log_mark()
         batch, keep = make_batch(self._lib, entries)
         code = self._lib.llama_decode(self._context, batch)
         del keep
-        if more:
-            self._lib.llama_memory_seq_rm(self._memory, spare, -1, -1)
         if self._rounding is not None:
             self._rounding.finish(decoded=code == 0)
         if code == 0:
             return
         if code == 1:
-            raise DecodeError(
+            raise NoRoom(
                 f"The KV cache has no room for {len(entries)} more positions (n_ctx {self.n_ctx}, "
                 "shared by all sequences). Clear or truncate some, or open with a larger n_ctx."
             )
