@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,17 @@ from mse_runtime.result import Stopwatch
 from mse_runtime.sizing import default_threads, positions
 
 Ids = np.ndarray[Any, np.dtype[np.int32]]
+
+
+@contextmanager
+def llama_cpp_alone() -> Iterator[None]:
+    """llama.cpp's own product of Q4_0 weights, where ours stands in for it."""
+    ggml.use(None, library.folder())
+    try:
+        yield
+    finally:
+        if library.q4_0_product() != "llama.cpp":
+            ggml.use(ggml.kernels()[0], library.folder())
 
 
 class Engine:
@@ -180,12 +193,8 @@ class Raw:
         """Seconds of one `llama_decode` of `n` tokens, logits for the last `n_logits` of them."""
         ids = (np.arange(n) * 37 % self.n_vocab).astype(np.int32)
         flags = (np.arange(n) >= n - n_logits).astype(np.int8)
-        ggml.use(None, library.folder())
-        try:
+        with llama_cpp_alone():
             return self._timed(ids, flags)
-        finally:
-            if library.q4_0_product() != "llama.cpp":
-                ggml.use(ggml.kernels()[0], library.folder())
 
     def _timed(self, ids: Ids, flags: Any) -> float:
         lib, n = self.lib, len(ids)

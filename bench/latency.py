@@ -8,7 +8,8 @@ Rows
                     and with the readout's positions
   split             the same answer by tokens / embeddings / tokens, three passes
   transformers      the same shape in PyTorch: inputs_embeds, torch adapter, generate
-  after features    from the moment the features are ready; model loaded, text known
+  after features    from the moment the features are ready; model loaded, text known; the published
+                    layout also with llama.cpp's own product of Q4_0 weights, as raw llama.cpp
   process, ...      a new process (file in the page cache), from its start to its end
 Ratios pair the samples of one turn.
 """
@@ -36,6 +37,7 @@ from common import (
     turns,
 )
 
+ALONE = "after features, published layout, llama.cpp's product"
 LOAD = """
 import json, sys
 from mse_runtime.analyzer import Analyzer
@@ -75,6 +77,7 @@ def warm(pair: Pair, args: argparse.Namespace, write: Writer) -> None:
         ),
         "after features, published layout": old.after_features,
         "after features, pseudo-last": new.after_features,
+        ALONE: lambda: _alone(old.after_features),
     }
     if not args.quick:
         cases |= {
@@ -108,6 +111,13 @@ def warm(pair: Pair, args: argparse.Namespace, write: Writer) -> None:
     _ratios(samples, about, write)
 
 
+def _alone(work: Callable[[], float]) -> float:
+    from engine import llama_cpp_alone
+
+    with llama_cpp_alone():
+        return work()
+
+
 def _layouts(engine: Any) -> list[tuple[str, Any]]:
     return [("published", engine.published), ("pseudo-last", engine.pseudo_last)]
 
@@ -131,6 +141,8 @@ def _ratios(samples: dict[str, list[float]], about: dict[str, Any], write: Write
         pair(f"greedy answer / transformers {dtype}", f"{answer}, greedy", f"transformers {dtype}")
     pair("after features: pseudo-last / published", "after features, pseudo-last",
          "after features, published layout", "<= 0.25" if big else "")  # fmt: skip
+    pair("after features: pseudo-last / published, llama.cpp's product",
+         "after features, pseudo-last", ALONE)  # fmt: skip
 
 
 def cold(pair: Pair, args: argparse.Namespace, write: Writer) -> None:
