@@ -27,7 +27,8 @@ ratios. "Answer" is from features and text to the distribution over 61 numbers (
 peer is the published way: transformers, `inputs_embeds`, the adapter in torch, `generate`; its
 Qwen-1.8B is transformers' Qwen 2 in the same shape. "llama.cpp alone" and "raw llama.cpp" are
 llama.cpp with its own product of Q4_0 weights, where the runtime has one that stands in for it
-(kernels/README.md), which is why an answer can take less than that floor. All records, samples included: `{source}`.
+(kernels/README.md), which is why an answer can take less than that floor.
+All records, samples included: `{source}`.
 """
 
 
