@@ -137,6 +137,18 @@ def test_a_llama_cpp_that_was_loaded_before_keeps_its_own() -> None:
     assert done.stdout.strip() == "llama.cpp", done.stderr
 
 
+def test_the_whole_package_imported_afterwards_takes_nothing_away(tmp_path: Path) -> None:
+    """It also takes llama.cpp's log, which tells what was repacked."""
+    path = toy_gguf(tmp_path / "m.gguf", "llama", dtype="q4_0")
+    code = (
+        "from mse_runtime.backbone import Backbone, library; library.load(); import llama_cpp\n"
+        f"with Backbone.open({str(path)!r}, threads=1, extra_bufts=True) as model:\n"
+        "    print(model.info['q4_0'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == f"mse_kernels, {NAMES[0]}", done.stderr
+
+
 def test_another_layout_is_left_to_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a later llama.cpp might do: the sample tells."""
     real = ggml.theirs(FOLDER)

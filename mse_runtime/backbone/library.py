@@ -81,6 +81,7 @@ def build_id() -> str:
 def load() -> Any:
     """The low-level bindings (`llama_cpp.llama_cpp`), loaded once, llama.cpp's log redirected.
 
+    Redirected anew each time: importing the whole of llama_cpp takes the log away.
     Raises BackboneError where the library is missing or too old.
     """
     global _library
@@ -95,9 +96,9 @@ def load() -> Any:
                     f"llama.cpp's library in {where} cannot be loaded: {error}. Reinstall it with: "
                     "pip install --force-reinstall --no-cache-dir 'mse-runtime[llama]'"
                 ) from error
-            _redirect_log(lib)
             lib.llama_backend_init()
             _library = lib
+        _redirect_log(_library)
         return _library
 
 
@@ -173,28 +174,28 @@ def _import_bindings() -> Any:
 
 def _redirect_log(lib: Any) -> None:
     """llama.cpp writes hundreds of lines to stderr; keep the last ones and show them on errors."""
+    if not _keep_alive:
+        _keep_alive.append(lib.llama_log_callback(_keep))
+    lib.llama_log_set(_keep_alive[0], ctypes.c_void_p(0))
 
-    def keep(level: int, text: bytes, _user: Any) -> None:
-        global _log_count, _log_open
-        try:
-            kind = _LEVELS.get(level, "info")
-            line = text.decode("utf-8", errors="replace").rstrip("\n")
-            if level == _CONTINUED:
-                if _log_open and _log:
-                    number, before, begun = _log.pop()
-                    _log.append((number, before, begun + line))
-                return
-            # Debug lines come one for each tensor and would push the interesting ones out.
-            _log_open = kind != "debug" and bool(line)
-            if _log_open:
-                _log_count += 1
-                _log.append((_log_count, kind, line))
-        except Exception:  # an exception cannot pass through C; losing a log line is harmless
+
+def _keep(level: int, text: bytes, _user: Any) -> None:
+    global _log_count, _log_open
+    try:
+        kind = _LEVELS.get(level, "info")
+        line = text.decode("utf-8", errors="replace").rstrip("\n")
+        if level == _CONTINUED:
+            if _log_open and _log:
+                number, before, begun = _log.pop()
+                _log.append((number, before, begun + line))
             return
-
-    callback = lib.llama_log_callback(keep)
-    _keep_alive.append(callback)
-    lib.llama_log_set(callback, ctypes.c_void_p(0))
+        # Debug lines come one for each tensor and would push the interesting ones out.
+        _log_open = kind != "debug" and bool(line)
+        if _log_open:
+            _log_count += 1
+            _log.append((_log_count, kind, line))
+    except Exception:  # an exception cannot pass through C; losing a log line is harmless
+        return
 
 
 def log_mark() -> int:
