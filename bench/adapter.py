@@ -222,7 +222,7 @@ def measure_machine(threads: int) -> Machine:
         lib.mse_probe_read(isa, buffers[i].ctypes.data, buffers[i].size)
         return float(buffers[i].nbytes)
 
-    return Machine(threads, best(lambda _: lib.mse_probe_mac(isa, 400_000), 20), best(read, 20))
+    return Machine(threads, best(lambda _: lib.mse_probe_mac(isa, 4_000_000), 10), best(read, 20))
 
 
 def quantile(values: list[float], q: float) -> float:
