@@ -179,6 +179,11 @@ def test_without_the_instructions_or_the_function_nothing_stands_in(
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["llama.cpp", "False"], done.stderr
     with monkeypatch.context() as patch:
+        patch.setattr(ggml, "_flags", lambda: frozenset(ggml._AVX512) - {"avx512_vnni"})
+        assert ggml.kernels() == ()
+        patch.setattr(ggml, "_flags", lambda: frozenset(ggml._AVX2))
+        assert ggml.kernels() == ("avx2",)
+    with monkeypatch.context() as patch:
         patch.setattr(ggml, "KERNELS", {"avx2": (1, ("avx2", "another"))})
         assert ggml.kernels() == ()
         assert ggml.preload.__wrapped__() is None

@@ -31,10 +31,12 @@ KERNELS = {
     "avx2": (1, _AVX2),
 }
 """Name -> number in the library, and what the processor must have; best first."""
-_GEMM = ctypes.CFUNCTYPE(
+SIGNATURE = (
     *(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t),
     *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int),
 )
+"""Result and arguments of the function, for `ctypes.CFUNCTYPE`."""
+_GEMM = ctypes.CFUNCTYPE(*SIGNATURE)
 WEIGHTS = np.dtype([("scale", "<f2", 8), ("values", "u1", 128)])
 ACTIVATIONS = np.dtype([("scale", "<f2", 4), ("values", "i1", 128)])
 
@@ -71,16 +73,23 @@ def kernels() -> tuple[str, ...]:
 
 
 def _runnable(lib: ctypes.CDLL) -> tuple[str, ...]:
+    flags = _flags()
+    names = tuple(
+        name
+        for name, (number, needs) in KERNELS.items()
+        if set(needs) <= flags and lib.mse_ggml_has(number)
+    )
+    # Without VNNI llama.cpp's own has twice the width of ours (bench/product.py).
+    return () if "avx512bw" in flags and "avx512_vnni" not in names else names
+
+
+def _flags() -> frozenset[str]:
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        return ()
-    flags = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
-    return tuple(
-        name
-        for name, (number, needs) in KERNELS.items()
-        if set(needs) <= set(flags) and lib.mse_ggml_has(number)
-    )
+        return frozenset()
+    lines = text.splitlines()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 def theirs(folder: Path, *, load: bool = False) -> Any:
