@@ -143,7 +143,7 @@ def test_the_whole_package_imported_afterwards_takes_nothing_away(tmp_path: Path
     """It also takes llama.cpp's log, which tells what was repacked."""
     path = toy_gguf(tmp_path / "m.gguf", "llama", dtype="q4_0")
     code = (
-        "from mse_runtime.backbone import Backbone, cpu, library; library.load(); import llama_cpp\n"
+        "from mse_runtime.backbone import Backbone, library; library.load(); import llama_cpp\n"
         f"with Backbone.open({str(path)!r}, threads=1, extra_bufts=True) as model:\n"
         "    print(model.info['q4_0'])"
     )
