@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from engine import llama_cpp_alone
 
-from mse_kernels import ggml
 from mse_runtime.backbone import Backbone, library
 
 
@@ -41,13 +41,11 @@ class Raw:
     def prefill(self, ids: np.ndarray[Any, Any]) -> float:
         """The first logit after `ids`, by llama.cpp's own product of Q4_0 weights."""
         lib = self.lib
-        ggml.use(None, library.folder())
         lib.llama_memory_clear(self.memory, False)
         pointer = ids.ctypes.data_as(ctypes.POINTER(lib.llama_token))
-        if lib.llama_decode(self.context, lib.llama_batch_get_one(pointer, len(ids))):
-            raise SystemExit("llama_decode failed")
-        if library.q4_0_product() != "llama.cpp":
-            ggml.use(ggml.kernels()[0], library.folder())
+        with llama_cpp_alone():
+            if lib.llama_decode(self.context, lib.llama_batch_get_one(pointer, len(ids))):
+                raise SystemExit("llama_decode failed")
         return float(lib.llama_get_logits_ith(self.context, -1)[0])
 
     def close(self) -> None:
