@@ -17,16 +17,17 @@ from hypothesis import strategies as st
 from make_fixtures import toy_gguf
 
 from mse_kernels import ggml
-from mse_runtime.backbone import Backbone, cpu, library
+from mse_runtime.backbone import Backbone, library
 
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
 UNITS = {
-    "ggml_q4_0": ("-DMSE_AVX_VNNI", "-DMSE_AVX512_VNNI"),
+    "ggml_q4_0": ("-DMSE_AVX_VNNI", "-DMSE_AVX512_VNNI", "-DMSE_AMX"),
     "ggml_q4_0_avx2": AVX2,
     "ggml_q4_0_avx2 ": (*AVX2, "-mavxvnni", "-DMSE_AVX_VNNI"),
     "ggml_q4_0_avx512": (*AVX2, *AVX512),
+    "ggml_q4_0_amx": (*AVX2, *AVX512),
     "tap": (),
 }
 NAMES = ggml.kernels()
@@ -110,7 +111,6 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(name: str) -> None:
     assert all(np.array_equal(one, together) for one in again)
 
 
-@pytest.mark.skipif(cpu.has_amx(), reason="with AMX llama.cpp multiplies Q4_0 in another way")
 def test_llama_cpp_calls_ours_by_name(tmp_path: Path) -> None:
     assert library.q4_0_product() == f"mse_kernels, {NAMES[0]}"  # loaded so in conftest.py
     path = toy_gguf(tmp_path / "m.gguf", "llama", dtype="q4_0")
@@ -138,7 +138,6 @@ def test_a_llama_cpp_that_was_loaded_before_keeps_its_own() -> None:
     assert done.stdout.strip() == "llama.cpp", done.stderr
 
 
-@pytest.mark.skipif(cpu.has_amx(), reason="with AMX llama.cpp multiplies Q4_0 in another way")
 def test_the_whole_package_imported_afterwards_takes_nothing_away(tmp_path: Path) -> None:
     """It also takes llama.cpp's log, which tells what was repacked."""
     path = toy_gguf(tmp_path / "m.gguf", "llama", dtype="q4_0")

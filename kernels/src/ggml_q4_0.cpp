@@ -14,52 +14,71 @@ namespace {
 
 using Gemm = void (*)(int, float *, size_t, const void *, const void *, int, int);
 
+struct Entry {
+  mse_ggml::Kernel run;
+  size_t (*scratch)(int n, int n_rows);
+};
+
 // By number, as mse_kernels.ggml has them; 0 is llama.cpp's own.
-constexpr mse_ggml::Kernel kKernels[] = {
-    nullptr,
-    mse_ggml::avx2,
+constexpr Entry kKernels[] = {
+    {},
+    {mse_ggml::avx2, mse_ggml::scratch},
 #ifdef MSE_AVX_VNNI
-    mse_ggml::avx_vnni,
+    {mse_ggml::avx_vnni, mse_ggml::scratch},
 #else
-    nullptr,
+    {},
 #endif
 #ifdef MSE_AVX512_VNNI
-    mse_ggml::avx512_vnni,
+    {mse_ggml::avx512_vnni, mse_ggml::scratch},
 #else
-    nullptr,
+    {},
+#endif
+#ifdef MSE_AMX
+    {mse_ggml::amx_int8, mse_ggml::amx_scratch},
+#else
+    {},
 #endif
 };
 constexpr int kCount = sizeof kKernels / sizeof *kKernels;
+constexpr int kAmx = 4;
 
 std::atomic<Gemm> theirs{nullptr};
-std::atomic<mse_ggml::Kernel> own{nullptr};
+std::atomic<const Entry *> own{nullptr};
 std::atomic<uint64_t> calls{0};
 
-// False without memory for the rows' scales: nothing was done.
-bool run(mse_ggml::Kernel kernel, int n, float *out, size_t stride, const void *weights,
+struct Line {
+  alignas(64) char bytes[64];
+};
+
+// False without memory for the kernel's scratch: nothing was done.
+bool run(const Entry &kernel, int n, float *out, size_t stride, const void *weights,
          const void *activations, int n_rows, int n_columns) {
-  static thread_local std::vector<mse_ggml::Rows> rows;
-  const size_t wanted = static_cast<size_t>(n_rows / 4) * (n / mse_ggml::kBlock);
+  static thread_local std::vector<Line> lines;
+  const size_t wanted = (kernel.scratch(n, n_rows) + sizeof(Line) - 1) / sizeof(Line);
   try {
-    if (rows.size() < wanted) rows.resize(wanted);
+    if (lines.size() < wanted) lines.resize(wanted);
   } catch (...) {
     return false;
   }
-  kernel(n, out, stride, weights, activations, n_rows, n_columns, rows.data());
+  kernel.run(n, out, stride, weights, activations, n_rows, n_columns, lines.data());
   return true;
 }
 
 }  // namespace
 
-// 1 if this build has the kernel of that number.
+// 1 if this build has the kernel of that number, and the system lets it run.
 EXPORT int32_t mse_ggml_has(int32_t kernel) {
-  return kernel > 0 && kernel < kCount && kKernels[kernel];
+  if (kernel <= 0 || kernel >= kCount || !kKernels[kernel].run) return 0;
+#ifdef MSE_AMX
+  if (kernel == kAmx) return mse_ggml::amx_allowed();
+#endif
+  return 1;
 }
 
 // llama.cpp's own function, and the number of the kernel that is called instead from now on.
 EXPORT void mse_ggml_use(Gemm original, int32_t kernel) {
   theirs.store(original, std::memory_order_release);
-  own.store(mse_ggml_has(kernel) ? kKernels[kernel] : nullptr, std::memory_order_release);
+  own.store(mse_ggml_has(kernel) ? &kKernels[kernel] : nullptr, std::memory_order_release);
 }
 
 // How often ours was called by name.
@@ -67,12 +86,12 @@ EXPORT uint64_t mse_ggml_calls(void) { return calls.load(std::memory_order_relax
 
 EXPORT void ggml_gemm_q4_0_8x8_q8_0(int n, float *out, size_t stride, const void *weights,
                                     const void *activations, int n_rows, int n_columns) {
-  const mse_ggml::Kernel kernel = own.load(std::memory_order_acquire);
-  if (kernel && run(kernel, n, out, stride, weights, activations, n_rows, n_columns)) {
+  const Entry *kernel = own.load(std::memory_order_acquire);
+  if (kernel && run(*kernel, n, out, stride, weights, activations, n_rows, n_columns)) {
     calls.fetch_add(1, std::memory_order_relaxed);
     return;
   }
   const Gemm original = theirs.load(std::memory_order_acquire);
-  if (!original) abort();  // no memory for the rows' scales, and nobody else to ask
+  if (!original) abort();  // no memory for its scratch, and nobody else to ask
   original(n, out, stride, weights, activations, n_rows, n_columns);
 }

@@ -90,10 +90,10 @@ struct Avx2 {
 
 #ifdef MSE_AVX_VNNI
 void avx_vnni(int n, float *out, size_t stride, const void *weights, const void *activations,
-              int n_rows, int n_columns, Rows *scratch) {
+              int n_rows, int n_columns, void *scratch) {
 #else
 void avx2(int n, float *out, size_t stride, const void *weights, const void *activations,
-          int n_rows, int n_columns, Rows *scratch) {
+          int n_rows, int n_columns, void *scratch) {
 #endif
   product<Avx2>(n, out, stride, weights, activations, n_rows, n_columns, scratch);
 }

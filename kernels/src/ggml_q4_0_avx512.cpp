@@ -68,7 +68,7 @@ struct Avx512 {
 }  // namespace
 
 void avx512_vnni(int n, float *out, size_t stride, const void *weights, const void *activations,
-                 int n_rows, int n_columns, Rows *scratch) {
+                 int n_rows, int n_columns, void *scratch) {
   product<Avx512>(n, out, stride, weights, activations, n_rows, n_columns, scratch);
 }
 

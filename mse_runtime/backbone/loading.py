@@ -12,6 +12,7 @@ from typing import Any
 from mse_runtime.backbone import cpu, library
 from mse_runtime.backbone.file_checks import check_file, may_repack, repacking_pays
 from mse_runtime.backbone.head import make_tap
+from mse_runtime.backbone.repack import REPACKED, repacked_q4_0
 from mse_runtime.backbone.rotary import TABLES, RopeTable, Rounding
 from mse_runtime.errors import BackboneError
 from mse_runtime.gguf import Gguf
@@ -22,7 +23,6 @@ _KV_TYPES = {"f32": 0, "f16": 1}
 _MMAP, _READ = 1, 0  # llama_load_mode
 _PLAIN_ROPE = {-1, 0, 2}  # none, norm, neox; the others take several positions for each token
 _BUFFER = re.compile(r":\s+(\S+)\s+(model|KV|compute|output) buffer size\s*=\s*([\d.]+) MiB")
-_REPACKED = "CPU_REPACK model"
 _OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
 
 
@@ -158,6 +158,9 @@ def _load_weights(
     params.n_gpu_layers = options.n_gpu_layers
     params.use_extra_bufts = extra
     params.load_mode = _READ if reads_file(gguf, extra) else _MMAP
+    if extra and options.n_gpu_layers == 0:
+        overrides = repacked_q4_0(lib, gguf)
+        params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
     no_devices = (ctypes.c_void_p * 1)(None)
     if options.n_gpu_layers == 0:  # an empty list: no GPU context (some 300 MB) is made
         params.devices = ctypes.cast(no_devices, ctypes.c_void_p)
@@ -256,6 +259,7 @@ def _describe(
             buffers[key] = round(buffers.get(key, 0.0) + float(match[3]), 2)
         if match := _OFFLOADED.search(line):
             offloaded = int(match[1])
+    repacked = f"{REPACKED} model" in buffers
     gpus = [d for d in library.devices() if d.kind in ("gpu", "igpu")]
     if options.n_gpu_layers and not offloaded:
         reason = "llama.cpp was built without GPU support" if not gpus else "none was taken"
@@ -270,8 +274,8 @@ def _describe(
         "offloaded_layers": offloaded,
         "threads": options.threads,
         "extra_bufts": extra,
-        "repacked": _REPACKED in buffers,
-        "q4_0": library.q4_0_product() if _REPACKED in buffers else "llama.cpp",
+        "repacked": repacked,
+        "q4_0": library.q4_0_product() if repacked else "llama.cpp",
         "buffers_mib": buffers,
         "warnings": warnings,
     }

@@ -1,0 +1,82 @@
+"""Which layout llama.cpp keeps Q4_0 weights in, where it has the choice.
+
+On processors with AMX llama.cpp takes a layout for its own tile kernels. Ours reads the one that it
+repacks for other processors, and is faster there (bench/latency.py, "answer / raw").
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections import defaultdict
+from typing import Any
+
+from mse_runtime.backbone import cpu, library
+from mse_runtime.gguf import Gguf
+
+__all__ = ["REPACKED", "repacked_q4_0"]
+
+REPACKED = "CPU_REPACK"
+"""llama.cpp's name of the buffers of repacked weights."""
+_COLUMNS = 8
+_LAYER_WEIGHT = re.compile(r"blk\.\d+\.(\w+)\.weight")
+
+
+class _Override(ctypes.Structure):
+    """`llama_model_tensor_buft_override`."""
+
+    _fields_ = (("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p))
+
+
+def repacked_q4_0(lib: Any, gguf: Gguf) -> Any:
+    """`llama_model_params.tensor_buft_overrides` for our product; None where llama.cpp chooses so.
+
+    The array must live until the model is loaded.
+    """
+    if not cpu.has_amx() or library.q4_0_product() == "llama.cpp":
+        return None
+    pattern, buffer_type = _pattern(gguf), _buffer_type(lib)
+    if pattern is None or buffer_type is None:
+        return None
+    return (_Override * 2)(_Override(pattern.encode(), buffer_type), _Override(None, None))
+
+
+def _pattern(gguf: Gguf) -> str | None:
+    """An expression for the layers' matrices that can be repacked; None where there are none."""
+    kinds: dict[str, list[bool]] = defaultdict(list)
+    for info in gguf.tensors.values():
+        if match := _LAYER_WEIGHT.fullmatch(info.name):
+            fits = len(info.shape) == 2 and info.shape[0] % _COLUMNS == 0
+            kinds[match[1]].append(info.type == "Q4_0" and fits)
+    names = [name for name, fit in kinds.items() if all(fit)]
+    return rf"^blk\.[0-9]+\.({'|'.join(names)})\.weight$" if names else None
+
+
+def _buffer_type(lib: Any) -> int | None:
+    """The buffer type of repacked weights, from the CPU backend's own list."""
+    try:
+        device = _function(lib, "ggml_backend_dev_by_type", ctypes.c_int)(0)
+        registry = _function(lib, "ggml_backend_dev_backend_reg", ctypes.c_void_p)(device)
+        address = _function(
+            lib, "ggml_backend_reg_get_proc_address", ctypes.c_void_p, ctypes.c_char_p
+        )(registry, b"ggml_backend_dev_get_extra_bufts")
+        name_of = _function(lib, "ggml_backend_buft_name", ctypes.c_void_p)
+    except AttributeError:  # another llama.cpp
+        return None
+    name_of.restype = ctypes.c_char_p
+    if not address:
+        return None
+    kinds = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(address)(device)
+    for kind in iter(kinds):
+        if kind is None:
+            return None
+        if name_of(kind) == REPACKED.encode():
+            return int(kind)
+    return None
+
+
+def _function(lib: Any, name: str, *arguments: Any) -> Any:
+    """A function of ggml that returns a pointer; libllama is linked against it."""
+    found = getattr(lib._lib, name)
+    found.restype, found.argtypes = ctypes.c_void_p, list(arguments)
+    return found
