@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self, overload
+from typing import Any, Literal, Self, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -211,19 +211,10 @@ class Backbone(Passes):
         """
         with self._lock:
             self._check_open()
-            entered = [(seq, checks.inputs(part, self.n_vocab, self.n_embd)) for seq, part in parts]
-            if not entered:
-                raise BackboneError("prefill_many: no sequence was given.")
-            if len({seq for seq, _ in entered}) < len(entered):
-                raise BackboneError("prefill_many: a sequence occurs twice. Join its parts.")
-            if len({part.ndim for _, part in entered}) > 1:
-                entered = [
-                    (seq, self.embed(part) if part.ndim == 1 else part) for seq, part in entered
-                ]
+            entered = self._entered(parts)
             before: dict[int, int] = {}
             positions, sequences, wanted = [], [], []
             for seq, part in entered:
-                self._check_seq(seq)
                 n, start = len(part), self.length(seq)
                 self._check_room(n, start, seq)
                 before[seq] = start
@@ -254,50 +245,102 @@ class Backbone(Passes):
         candidates: token ids [m]; the logits of these alone, float32 [1 + k, m], cost a fraction of
         all (`head`). Raises BackboneError, the sequence being left as it was.
         """
+        found: Floats = self.prefill_trees(
+            [(seq, inputs)], tokens, parents, wanted, candidates=candidates
+        )[0]
+        return found
+
+    def prefill_trees(
+        self,
+        parts: Iterable[tuple[int, npt.ArrayLike]],
+        tokens: npt.ArrayLike,
+        parents: npt.ArrayLike,
+        wanted: npt.ArrayLike | None = None,
+        *,
+        candidates: npt.ArrayLike | None = None,
+    ) -> Floats:
+        """`prefill_tree` for several sequences in one pass, the same trie after each.
+
+        parts: (sequence, ids or rows), as in `prefill_many`. Returns float32 [s, 1 + k, n_vocab] or
+        [s, 1 + k, m] for s parts. A pass takes `tree_width` leaves, those of all parts together.
+        """
         with self._lock:
             self._check_open()
-            self._check_seq(seq)
-            entered = checks.inputs(inputs, self.n_vocab, self.n_embd)
+            entered = self._entered(parts)
             trie = tree.Trie.checked(tokens, parents, wanted, self.n_vocab)
             only = None if candidates is None else checks.token_ids(candidates, self.n_vocab)
-            width, before = self._options.tree_width, self.length(seq)
-            if len(trie) and not width:
+            width = self._options.tree_width
+            if len(trie) and width < len(entered):
                 raise BackboneError(
-                    "This backbone was opened with tree_width=0. Open it with more."
+                    f"{len(entered)} trees do not fit: this backbone was opened with tree_width="
+                    f"{width}. Open it with more, or `reserve` it."
                 )
-            self._check_room(len(entered) + trie.height, before, seq)
+            before = {seq: self.length(seq) for seq, _ in entered}
+            for seq, part in entered:
+                self._check_room(len(part) + trie.height, before[seq], seq)
             columns = self.n_vocab if only is None else len(only)
-            found = np.empty((1 + trie.n_wanted, columns), np.float32)
+            found = np.empty((len(entered), 1 + trie.n_wanted, columns), np.float32)
             row = np.cumsum(trie.wanted)  # where in `found` a wanted node's logits go
-            start = before
+            starts = before
             try:
-                for wave in trie.waves(width):
-                    logits = self._look_ahead(entered, trie, wave, seq, start, only)
+                for wave in trie.waves(width // len(entered)):
                     rows = row[wave.nodes][trie.wanted[wave.nodes]]
-                    found[np.append(0, rows) if len(entered) else rows] = logits
-                    start, entered = start + len(entered), entered[:0]  # for the other waves
+                    logits = self._look_ahead(entered, trie, wave, starts, only)
+                    if len(entered[0][1]):
+                        rows = np.append(0, rows)
+                    found[:, rows] = logits.reshape(len(entered), len(rows), columns)
+                    starts = {seq: starts[seq] + len(part) for seq, part in entered}
+                    entered = [(seq, part[:0]) for seq, part in entered]  # for the other waves
             except BaseException:  # a later wave: the inputs are in the cache by then
-                self._lib.llama_memory_seq_rm(self._memory, seq, before, -1)
+                for seq, length in before.items():
+                    self._lib.llama_memory_seq_rm(self._memory, seq, length, -1)
                 raise
             return found
 
     def _look_ahead(
-        self, entered: Inputs, trie: tree.Trie, wave: tree.Wave, seq: int, start: int,
-        only: Ids | None,
+        self, entered: Sequence[tuple[int, Inputs]], trie: tree.Trie, wave: tree.Wave,
+        starts: dict[int, int], only: Ids | None,
     ) -> Floats:  # fmt: skip
         """Decode inputs (perhaps none) and nodes: the logits of the last input and those wanted."""
-        n, ids = len(entered), trie.tokens[wave.nodes]
-        scratch = range(self.n_seq_max, self.n_seq_max + wave.n_leaves)
+        ids, depths = trie.tokens[wave.nodes], trie.depths[wave.nodes]
+        inputs: list[Inputs] = []
+        positions, sequences, wanted = [], [], []
+        scratch: list[tuple[int, range]] = []
+        free = self.n_seq_max
+        for seq, part in entered:
+            n, leaves = len(part), range(free, free + wave.n_leaves)
+            free = leaves.stop
+            scratch.append((seq, leaves))
+            inputs += [part, ids if part.ndim == 1 else self.embed(ids)]
+            positions.append(np.concatenate([np.arange(n), n + depths]) + starts[seq])
+            sequences += [(seq, *leaves)] * n
+            sequences += [tuple(leaves[leaf] for leaf in below) for below in wave.leaves]
+            wanted += [np.arange(n) == n - 1, trie.wanted[wave.nodes]]
+        joined: Any = np.concatenate(inputs)
         entries = Entries(
-            np.concatenate([entered, ids if entered.ndim == 1 else self.embed(ids)]),
-            np.concatenate([np.arange(n), n + trie.depths[wave.nodes]]).astype(np.int32) + start,
-            [(seq, *scratch)] * n + [[scratch[leaf] for leaf in below] for below in wave.leaves],
-            np.concatenate([np.arange(n) == n - 1, trie.wanted[wave.nodes]]),
+            joined,
+            np.concatenate(positions).astype(np.int32),
+            sequences,
+            np.concatenate(wanted),
         )
         try:
-            for leaf in scratch:  # cells are shared, nothing is copied
-                self._lib.llama_memory_seq_cp(self._memory, seq, leaf, -1, -1)
-            return self._decode(entries, {seq: start}, only)
+            for seq, leaves in scratch:  # cells are shared, nothing is copied
+                for leaf in leaves:
+                    self._lib.llama_memory_seq_cp(self._memory, seq, leaf, -1, -1)
+            return self._decode(entries, starts, only)
         finally:
-            for leaf in scratch:
+            for leaf in range(self.n_seq_max, free):
                 self._lib.llama_memory_seq_rm(self._memory, leaf, -1, -1)
+
+    def _entered(self, parts: Iterable[tuple[int, npt.ArrayLike]]) -> list[tuple[int, Inputs]]:
+        """Checked inputs by sequence, all ids or all rows: llama.cpp takes no mixed batch."""
+        entered = [(seq, checks.inputs(part, self.n_vocab, self.n_embd)) for seq, part in parts]
+        if not entered:
+            raise BackboneError("Give at least one part: no sequence was named.")
+        for seq, _ in entered:
+            self._check_seq(seq)
+        if len({seq for seq, _ in entered}) < len(entered):
+            raise BackboneError("A sequence occurs twice. Join its parts.")
+        if len({part.ndim for _, part in entered}) == 1:
+            return entered
+        return [(seq, self.embed(part) if part.ndim == 1 else part) for seq, part in entered]

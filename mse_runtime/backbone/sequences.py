@@ -35,12 +35,12 @@ class Sequences:
         self._lock = threading.RLock()
         self.path, self.arch = gguf.path, gguf.arch
         self.n_embd, self.n_vocab, self.n_layer = gguf.n_embd, gguf.n_vocab, gguf.n_layer
-        self.n_seq_max = options.n_seq_max
         self.info = handles.info
         self._adopt(handles.context, options)
 
     def _adopt(self, context: Context, options: Options) -> None:
         self._context, self._options = context.pointer, options
+        self.n_seq_max = options.n_seq_max
         self._rounding, self._tap = context.rounding, context.tap
         self._memory = self._lib.llama_get_memory(self._context)
         self.n_batch = int(self._lib.llama_n_batch(self._context))
@@ -67,20 +67,27 @@ class Sequences:
         if self._context is None:
             raise BackboneError(f"The backbone {self.path} has been closed. Open it again.")
 
-    def reserve(self, n_ctx: int, tree_width: int = 0) -> bool:
-        """See to it that `n_ctx` positions and `tree_width` leaves of a tree fit in one pass.
+    def reserve(
+        self, n_ctx: int, tree_width: int = 0, *, n_seq_max: int = 1, n_outputs: int = 1
+    ) -> bool:
+        """See to it that so many positions, leaves, sequences and rows of logits fit in one pass.
 
         Where they do not yet, a larger cache is made and the sequences move there, a matter of
-        milliseconds; returns whether that was needed. Nothing ever shrinks.
+        milliseconds; returns whether that was needed. Nothing ever shrinks. Raises BackboneError,
+        the old cache being kept.
         """
         with self._lock:
             self._check_open()
-            width = min(max(tree_width, self._options.tree_width), 255 - self.n_seq_max)
-            if n_ctx <= self.n_ctx and width <= self._options.tree_width:
-                return False
+            n_seq_max = max(n_seq_max, self.n_seq_max)
             options = replace(
-                self._options, n_ctx=max(n_ctx, self.n_ctx), tree_width=width
+                self._options,
+                n_ctx=max(n_ctx, self.n_ctx),
+                n_seq_max=n_seq_max,
+                tree_width=min(max(tree_width, self._options.tree_width), 255 - n_seq_max),
+                n_outputs_max=max(n_outputs, self._options.n_outputs_max),
             ).checked()
+            if options == self._options:
+                return False
             lengths = {seq: self.length(seq) for seq in range(self.n_seq_max)}
             kept = {seq: self.save_state(seq) for seq, length in lengths.items() if length}
             context = make_context(self._lib, self._model, options)
