@@ -10,12 +10,9 @@ prompt is one all-embedding batch. The labels are scored in the same pass as the
 
 from __future__ import annotations
 
-import threading
-import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -24,72 +21,41 @@ from numpy.typing import NDArray
 from mse_runtime import background, heap, kept_prefix
 from mse_runtime.bundle import Bundle, Task, load_bundle
 from mse_runtime.bundle.hub import resolve_bundle
-from mse_runtime.errors import BackboneError, DeviceError, UsageError
+from mse_runtime.errors import UsageError
 from mse_runtime.features.normalise import prepare
+from mse_runtime.loaded import Loaded
 from mse_runtime.parity import generate
-from mse_runtime.placement import MB, Plan, check_gpu, measured, open_planned
+from mse_runtime.placement import MB, measured
 from mse_runtime.prompt import Prompt, build, check_text
 from mse_runtime.readout import Readout
 from mse_runtime.result import Prediction, Stopwatch
-from mse_runtime.sizing import default_threads, make_plan, positions, vram_mb
+from mse_runtime.sizing import vram_mb
 
 if TYPE_CHECKING:
-    from mse_runtime.adapter import Adapter
+    from collections.abc import Iterable, Sequence
+
     from mse_runtime.backbone import Backbone
     from mse_runtime.features.spec import Features
+    from mse_runtime.parity import Generated
+    from mse_runtime.readout import Answer
 
 __all__ = ["Analyzer"]
 
 Parity = Literal["published"]
 Rows = NDArray[np.float32]
-SMALL_PASS = 16
-"""Positions of a pass after `shrink`: a fraction of a prompt's, and still above one token."""
+PASS, SEQUENCES = 512, 250
+"""Positions that llama.cpp takes in one piece, and sequences that it knows."""
+FILLERS = 16
+"""Rows that may fill a pass up (`backbone.batch.fillers`)."""
 # Stages of `extract`, as the result names them.
 STAGES = {"probe": "decode", "decode": "decode", "audio": "features", "face": "features"}
 
 
-class Analyzer:
+class Analyzer(Loaded):
     """A loaded bundle that answers for clips. Safe to share between threads: calls take turns.
 
     Use as a context manager, or call `close`. Errors are `mse_runtime.errors.MSEError`s.
     """
-
-    def __init__(
-        self,
-        bundle: Bundle,
-        *,
-        threads: int | None = None,
-        n_gpu_layers: int | None = None,
-        low_memory: bool = False,
-        adapter: str = "auto",
-        require_gpu: bool = False,
-    ) -> None:
-        """Start loading `bundle` in the background; see `open` for the arguments."""
-        self.bundle = bundle
-        self.threads = threads
-        self._low_memory = low_memory
-        self._require_gpu = require_gpu
-        self._n_gpu_layers = n_gpu_layers
-        self._turn = threading.Lock()
-        self._readouts: dict[str, Readout] = {}
-        self._constant: NDArray[np.int32] = np.empty(0, np.int32)
-        self._load_seconds = self._load_started = 0.0
-        self.last_features: Features | None = None
-        program = measured().rss  # before the features' part is used, beside the planning
-        self._plan: Future[Plan] = background.start(
-            lambda: make_plan(
-                bundle,
-                n_gpu_layers=n_gpu_layers,
-                low_memory=low_memory,
-                require_gpu=require_gpu,
-                program=program,
-            ),
-            "mse-plan",
-        )
-        self._backbone: Future[Backbone] = background.start(self._load_backbone, "mse-load")
-        self._adapter: Future[Adapter] = background.start(
-            lambda: self._load_adapter(adapter), "mse-adapter"
-        )
 
     @classmethod
     def open(
@@ -121,28 +87,6 @@ class Analyzer:
             adapter=adapter,
             require_gpu=require_gpu,
         )
-
-    def __enter__(self) -> Analyzer:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Free backbone and adapter; what is still loading is freed when it has loaded."""
-
-        def free(loaded: Future[Any]) -> None:
-            if loaded.exception() is None and hasattr(loaded.result(), "close"):
-                loaded.result().close()
-
-        with self._turn:
-            self._backbone.add_done_callback(free)
-            self._adapter.add_done_callback(free)
 
     def analyze(
         self,
@@ -204,36 +148,32 @@ class Analyzer:
         ready.set_result(features)
         return self._answer(ready, check_text(text), task, parity, clip, Stopwatch())
 
-    def ready(self) -> None:
-        """Wait until backbone and adapter are loaded; raises what kept them from it."""
-        self._backbone.result()
-        self._adapter.result()
+    def analyze_many(
+        self, clips: Iterable[tuple[Features, str, str | None]], *, task: str | None = None
+    ) -> list[Prediction]:
+        """Answers for several clips, in as few passes through the language model as they fit in.
 
-    def forget(self) -> None:
-        """Empty the KV cache, the kept part of the prompt included: a fresh start."""
-        with self._turn:
-            self._constant = np.empty(0, np.int32)
-            self._backbone.result().clear()
-
-    def shrink(self) -> None:
-        """After the language model failed: a new, empty KV cache and smaller passes from now on.
-
-        Raises DeviceError where not even that fits: nothing can be answered any more.
+        clips: (features, transcript, name of the clip or None) each. Raises what `analyze_features`
+        raises, for all of them. Timings are those of a pass, shared evenly. Probabilities differ
+        from those of one clip at a time by rounding (docs/reliability.md).
         """
+        name, wanted = self.task(task)
+        todo = [(features, check_text(text), clip) for features, text, clip in clips]
+        found: list[Prediction] = []
         with self._turn:
-            self._constant = np.empty(0, np.int32)
-            try:
-                self._backbone.result().shrink(SMALL_PASS)
-            except BackboneError as error:
-                raise DeviceError(
-                    f"There is no memory left for the language model ({error}). Close other "
-                    "programs or try --low-memory, and start again."
-                ) from error
+            while todo:
+                count = self._fitting(name, wanted, [text for _, text, _ in todo])
+                found += self._answer_together(name, wanted, todo[:count])
+                todo = todo[count:]
+        return found
 
-    @property
-    def plan(self) -> Plan:
-        """The memory plan; it is made before the weights load."""
-        return self._plan.result()
+    def new_positions(self, text: str, task: str | None = None) -> int:
+        """Positions that an answer for this transcript takes beyond what all prompts share."""
+        name, wanted = self.task(task)
+        backbone = self._backbone.result()
+        prompt = self._prompt(backbone, wanted, text, None)
+        trie = self._readout(name, wanted, backbone).trie
+        return len(prompt) - len(_constant(prompt)) + len(trie.tokens)
 
     def task(self, name: str | None) -> tuple[str, Task]:
         """The task called `name`, or the bundle's default."""
@@ -265,10 +205,7 @@ class Analyzer:
             backbone = self._loaded(watch)
             self._as_published(backbone, parity == "published")
             readout = self._readout(name, task, backbone)
-            # A stranger's transcript must not write control tokens; the published code let it.
-            special = self.bundle.text.special and parity == "published"
-            rule = replace(self.bundle.text, special=special)
-            prompt = build(backbone, task.prompt, rule, text, self.bundle.adapter.n_pseudo)
+            prompt = self._prompt(backbone, task, text, parity)
             trie = readout.trie
             room = len(prompt) + max(len(trie.tokens) + 1, task.max_new_tokens)
             backbone.reserve(room, trie.n_paths + 1)
@@ -294,14 +231,86 @@ class Analyzer:
             finally:
                 backbone.truncate(0, len(self._constant))
             self.last_features = found
-        adapter = self._adapter.result()
+        timing = watch.stages | {"total": watch.total()}
+        return self._prediction(name, answer, prompt, found, text, clip, timing, generated)
+
+    def _answer_together(
+        self, name: str, task: Task, clips: Sequence[tuple[Features, str, str | None]]
+    ) -> list[Prediction]:
+        """Answers from one pass: each clip's prompt and labels in a sequence of its own.
+
+        What all prompts begin with is there once, in sequence 0.
+        """
+        watch = Stopwatch()
+        backbone = self._loaded(watch)
+        self._as_published(backbone, False)
+        readout = self._readout(name, task, backbone)
+        trie = readout.trie
+        prompts = [self._prompt(backbone, task, text, None) for _, text, _ in clips]
+        room = sum(len(prompt) + len(trie.tokens) for prompt in prompts) + FILLERS
+        backbone.reserve(
+            room,
+            len(clips) * (trie.n_paths + 1),
+            n_seq_max=1 + len(clips),
+            n_outputs=len(clips) * (1 + int(trie.branches.sum())),
+        )
+        sequences = range(1, 1 + len(clips))
+        try:
+            with watch.stage("prefill"):
+                known = self._prefill_constant(backbone, prompts[0])
+                for seq in sequences:
+                    backbone.copy(0, seq)
+            rows = []
+            for prompt, (features, _, _) in zip(prompts, clips, strict=True):
+                with watch.stage("adapter"):
+                    pseudo = self._pseudo(backbone, prompt, features)
+                rows.append(prompt.rows(backbone.embed, pseudo)[known:])
+            with watch.stage("prefill"):
+                logits = backbone.prefill_trees(
+                    zip(sequences, rows, strict=True), trie.tokens, trie.parents, trie.branches,
+                    candidates=trie.candidates,
+                )  # fmt: skip
+            with watch.stage("readout"):
+                answers = [readout.score(found) for found in logits]
+        finally:
+            for seq in sequences:
+                backbone.clear(seq)
+        timing = watch.stages | {"total": watch.total()}
+        each = {stage: ms / len(clips) for stage, ms in timing.items()}
+        return [
+            self._prediction(name, answer, prompt, features, text, clip, each, None)
+            for answer, prompt, (features, text, clip) in zip(answers, prompts, clips, strict=True)
+        ]
+
+    def _fitting(self, name: str, task: Task, texts: Sequence[str]) -> int:
+        """How many of the clips with these texts go into one pass; at least one."""
+        trie = self._readout(name, task, self._backbone.result()).trie
+        used = 0
+        for count, text in enumerate(texts):
+            used += self.new_positions(text, name)
+            if count and (used > PASS or (count + 1) * (trie.n_paths + 2) > SEQUENCES):
+                return count
+        return len(texts)
+
+    def _prediction(
+        self,
+        task: str,
+        answer: Answer,
+        prompt: Prompt,
+        features: Features,
+        text: str,
+        clip: str | None,
+        timing: dict[str, float],
+        generated: Generated | None,
+    ) -> Prediction:
+        backbone, adapter = self._backbone.result(), self._adapter.result()
         return Prediction(
-            task=name,
+            task=task,
             answer=answer,
             text=text,
             clip=clip,
-            warnings=self._warnings(prompt, found, backbone),
-            timing_ms=watch.stages | {"total": watch.total()},
+            warnings=self._warnings(prompt, features, backbone),
+            timing_ms=timing,
             memory_mb={
                 "peak_rss": measured().peak_rss / MB,
                 "vram": vram_mb(backbone.info["buffers_mib"]),
@@ -319,6 +328,12 @@ class Analyzer:
             },
             generated=generated,
         )
+
+    def _prompt(self, backbone: Backbone, task: Task, text: str, parity: Parity | None) -> Prompt:
+        # A stranger's transcript must not write control tokens; the published code let it.
+        special = self.bundle.text.special and parity == "published"
+        rule = replace(self.bundle.text, special=special)
+        return build(backbone, task.prompt, rule, text, self.bundle.adapter.n_pseudo)
 
     def _as_published(self, backbone: Backbone, published: bool) -> None:
         """Give the backbone the cache and the rotary table of the published runs, or its own.
@@ -340,22 +355,27 @@ class Analyzer:
         cut at the same places whether or not the constant part is cached, so that an answer does
         not depend on what was asked before.
         """
-        early = prompt.early
-        if len(early) <= len(prompt.late):
-            backbone.clear(0)
-            self._constant = np.empty(0, np.int32)
-            return early
-        constant = early[: prompt.n_constant]
-        if not np.array_equal(constant, self._constant):
+        known = self._prefill_constant(backbone, prompt)
+        if len(prompt.early) <= len(prompt.late):
+            return prompt.early
+        if len(rest := prompt.early[known:]):
+            backbone.prefill(backbone.embed(rest), logits="none")
+        return prompt.early[:0]
+
+    def _prefill_constant(self, backbone: Backbone, prompt: Prompt) -> int:
+        """See to it that sequence 0 holds the constant part of the prompt, where that pays.
+
+        Returns how many positions that is.
+        """
+        constant = _constant(prompt)
+        if not np.array_equal(constant, self._constant) or not len(constant):
             backbone.clear(0)
             self._constant = np.empty(0, np.int32)
             if len(constant) and not kept_prefix.restore(backbone, self.bundle, constant):
                 backbone.prefill(backbone.embed(constant), logits="none")
                 kept_prefix.store(backbone, self.bundle, constant)
             self._constant = constant
-        if len(rest := early[len(constant) :]):
-            backbone.prefill(backbone.embed(rest), logits="none")
-        return early[:0]
+        return len(constant)
 
     def _pseudo(self, backbone: Backbone, prompt: Prompt, features: Features) -> Rows:
         """The pseudo tokens [P, D] for one utterance."""
@@ -392,39 +412,13 @@ class Analyzer:
             )
         return tuple(found)
 
-    # -- loading ---------------------------------------------------------------------------------
-
-    def _loaded(self, watch: Stopwatch) -> Backbone:
-        backbone = self._backbone.result()
-        if self._load_seconds:  # only the first answer pays for it
-            watch.add("load", self._load_seconds)
-            if self._load_started + self._load_seconds > watch.started:  # it was still loading
-                watch.started = min(watch.started, self._load_started)
-            self._load_seconds = 0.0
-        return backbone
-
     def _readout(self, name: str, task: Task, backbone: Backbone) -> Readout:
         if name not in self._readouts:
             self._readouts[name] = Readout.build(task, backbone)
         return self._readouts[name]
 
-    def _load_backbone(self) -> Backbone:
-        self._load_started = time.perf_counter()
-        plan = self.plan
-        plan.check_ram()
-        backbone = open_planned(
-            self.bundle.gguf_path(),
-            plan,
-            n_ctx=positions(self.bundle),
-            threads=self.threads or default_threads(self.bundle),
-            low_memory=self._low_memory,
-        )
-        if self._require_gpu:
-            check_gpu(plan, backbone.info)
-        self._load_seconds = time.perf_counter() - self._load_started
-        return backbone
 
-    def _load_adapter(self, backend: str) -> Adapter:
-        from mse_runtime.adapter import open_adapter
-
-        return open_adapter(self.bundle, backend=backend, threads=self.threads or 1)
+def _constant(prompt: Prompt) -> NDArray[np.int32]:
+    """The ids that it pays to keep: none where more of the prompt is late than early."""
+    early = prompt.early
+    return early[: prompt.n_constant if len(early) > len(prompt.late) else 0]

@@ -161,7 +161,8 @@ class _Worker:
             fields = {k: v for k in COLUMNS if (v := entry.get(k)) not in (None, "")}
             row = make_row(index, fields, self._folder)
             rows.append(row if "id" in fields else replace(row, id=""))
-        found = [_record(e) for e in answers(self._analyzer, rows, self._pool, **self._options)]
+        groups = answers(self._analyzer, rows, self._pool, **self._options)
+        found = [_record(entry) for entries in groups for entry in entries]
         kinds = [(n, pyarrow.float64() if n in NUMBERS else pyarrow.string()) for n in NAMES]
         return pyarrow.Table.from_pylist(found, schema=pyarrow.schema(kinds))
 

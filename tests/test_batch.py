@@ -264,7 +264,11 @@ def test_a_backbone_failure_is_tried_once_more(
             raise DecodeError("llama_decode failed (simulated)")
         return usual(*args, **kwargs)
 
+    def never(*_args: Any, **_kwargs: Any) -> Any:
+        raise DecodeError("llama_decode failed for several (simulated)")
+
     monkeypatch.setattr(analyzer, "analyze_features", failing)
+    monkeypatch.setattr(analyzer, "analyze_many", never)
     with Journal(tmp_path / "out.jsonl", rows) as journal:
         outcome = run(analyzer, rows, journal, pool)
     assert outcome.failed == 1
@@ -307,15 +311,15 @@ def test_a_failed_decode_is_tried_in_smaller_passes(
         backbone._lib = lib._lib
         assert backbone.length() == len(analyzer._constant)
     found = lines(tmp_path / "out.jsonl")
-    if room == 20:  # the first row is tried twice; after it every pass is small
+    if room == 20:  # as a group, alone, in small passes; after that every pass is small
         assert outcome.failed == 0
-        assert len(lib.failed) == 1
+        assert len(lib.failed) == 2
         assert max(lib.passed) <= 16
         for entry, expected in zip(found, usual, strict=True):
             assert entry["probabilities"] == pytest.approx(expected, abs=1e-3)
-    else:  # not even that fits: twice for each row, then an error row
+    else:  # not even that fits: once more for each row alone, then an error row
         assert [entry["error"]["type"] for entry in found] == ["DecodeError"] * 3
-        assert len(lib.failed) == 6
+        assert len(lib.failed) == 1 + 6
 
 
 def test_no_memory_at_all_ends_the_batch(

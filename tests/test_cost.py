@@ -100,6 +100,21 @@ def test_after_the_features_only_the_tail_and_the_labels_remain(
         assert other[1] == tail
 
 
+def test_several_clips_are_one_pass(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The instructions are there once; each clip adds its text, its tail and its logits."""
+    with Analyzer(bundle, adapter="onnx", threads=1) as analyzer:
+        meter = Meter(analyzer, monkeypatch)
+        analyzer.analyze_features(NOTHING, TEXT)
+        single = meter.of(lambda: analyzer.analyze_features(NOTHING, TEXT))
+        each = sum(positions for positions, _ in single), sum(rows for _, rows in single)
+        assert analyzer.new_positions(TEXT) == each[0]
+        for count in (1, 3):
+            clips = [(NOTHING, TEXT, None)] * count
+            assert meter.of(lambda clips=clips: analyzer.analyze_many(clips)) == [  # type: ignore[misc]
+                (count * each[0], count * each[1])
+            ]
+
+
 def test_positions_grow_by_the_text_alone(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     with Analyzer(bundle, adapter="onnx", threads=1) as analyzer:
         meter = Meter(analyzer, monkeypatch)

@@ -115,7 +115,7 @@ def test_smaller_passes_have_a_file_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer()
-    monkeypatch.setattr("mse_runtime.analyzer.SMALL_PASS", 4)
+    monkeypatch.setattr("mse_runtime.loaded.SMALL_PASS", 4)
     with Analyzer.open("tiny", adapter="onnx", threads=1) as analyzer:
         analyzer.shrink()
         analyzer.analyze_features(NOTHING, TEXT)

@@ -1,4 +1,4 @@
-"""The batch itself: features ahead in the workers, the language model one row at a time here.
+"""The batch itself: features ahead in the workers, the language model one group at a time here.
 
 Rows are answered and written in order. An error is a row of its own kind; the rest goes on.
 """
@@ -19,10 +19,12 @@ from mse_runtime.analyzer import Analyzer, Parity
 from mse_runtime.batch.journal import Journal
 from mse_runtime.batch.pool import FeaturePool
 from mse_runtime.batch.rows import Row
-from mse_runtime.errors import DecodeError, DeviceError, MSEError
+from mse_runtime.batch.together import GroupSize
+from mse_runtime.errors import BackboneError, DecodeError, DeviceError, MSEError
 from mse_runtime.features.npz import load_npz
 from mse_runtime.features.spec import Features
 from mse_runtime.prompt import check_text
+from mse_runtime.result import Prediction
 
 __all__ = ["Outcome", "answers", "run"]
 
@@ -54,20 +56,21 @@ def run(
 ) -> Outcome:
     """Answer every row that has no line in `journal` yet.
 
-    SIGINT and SIGTERM finish the row in hand and stop; a second one stops at once, and so does the
+    SIGINT and SIGTERM finish the rows in hand and stop; a second one stops at once, and so does the
     first while the model still loads.
     """
     analyzer.task(task)
     analyzer.ready()
     before = len(journal.done)
     todo = [row for row in rows if row.index not in journal.done]
-    entries = answers(
+    groups = answers(
         analyzer, todo, pool, task=task, parity=parity, fps=fps, max_seconds=max_seconds
     )
     with _stop_signals() as stop:
-        while not stop.is_set() and (entry := next(entries, None)):
-            journal.write(entry)
-            progress()
+        while not stop.is_set() and (entries := next(groups, None)):
+            for entry in entries:
+                journal.write(entry)
+                progress()
         stopped = stop.is_set()
     return Outcome(len(journal.done) - before, before, journal.failed, stopped)
 
@@ -81,10 +84,11 @@ def answers(
     parity: Parity | None = None,
     fps: float | None = None,
     max_seconds: float = 60.0,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[list[dict[str, Any]]]:
     """One line of output for each row, in order, while `pool` works on the features of the next.
 
-    What keeps every row from an answer (no such task, a model that does not load) is raised.
+    They come in groups that shared a pass through the language model (`together`). What keeps
+    every row from an answer (no such task, a model that does not load) is raised.
     """
     analyzer.task(task)
     analyzer.ready()
@@ -100,13 +104,15 @@ def answers(
     }
     waiting: deque[tuple[Row, Future[Features]]] = deque()
     todo = iter(rows)
+    size = GroupSize(analyzer)
     while True:
-        while len(waiting) < AHEAD * pool.workers and (row := next(todo, None)):
+        count = 1 if parity else size.next
+        while len(waiting) < AHEAD * pool.workers + count and (row := next(todo, None)):
             waiting.append((row, _features(row, pool, options)))
         if not waiting:
             return
-        row, features = waiting.popleft()
-        yield _entry(analyzer, row, features, row.task or task, parity)
+        group = [waiting.popleft() for _ in range(min(count, len(waiting)))]
+        yield _entries(analyzer, group, task, parity, size)
 
 
 def _features(row: Row, pool: FeaturePool, options: dict[str, Any]) -> Future[Features]:
@@ -125,6 +131,52 @@ def _features(row: Row, pool: FeaturePool, options: dict[str, Any]) -> Future[Fe
         return refused
     window = {"start": row.start, "end": row.end}
     return pool.submit({"path": str(row.source), **window, **options})
+
+
+def _entries(
+    analyzer: Analyzer,
+    group: list[tuple[Row, Future[Features]]],
+    task: str | None,
+    parity: Parity | None,
+    size: GroupSize,
+) -> list[dict[str, Any]]:
+    """The lines of a group: those with features and the same task from one pass."""
+    found: dict[int, Prediction] = {}
+    if size.together and not parity:
+        by_task: dict[str | None, list[tuple[Row, Features]]] = {}
+        for row, features in group:
+            if features.exception() is None:
+                by_task.setdefault(row.task or task, []).append((row, features.result()))
+        for name, rows in by_task.items():
+            found |= _together(analyzer, rows, name, size)
+        if len(found) == len(group):
+            seconds = sum(result.timing_ms["total"] for result in found.values()) / 1e3
+            positions = sum(analyzer.new_positions(row.text, row.task or task) for row, _ in group)
+            size.took(len(group), seconds / positions)
+    return [
+        {"index": row.index, "id": row.id, **found[row.index].to_dict()}
+        if row.index in found
+        else _entry(analyzer, row, features, row.task or task, parity)
+        for row, features in group
+    ]
+
+
+def _together(
+    analyzer: Analyzer, rows: list[tuple[Row, Features]], task: str | None, size: GroupSize
+) -> dict[int, Prediction]:
+    """Answers by index; none where the pass failed: then each row is tried alone."""
+    clips = [(features, row.text, str(row.source)) for row, features in rows]
+    try:
+        results = analyzer.analyze_many(clips, task=task)
+    except (BackboneError, MemoryError):  # it may have been too much at a time
+        size.give_up()
+    except DeviceError:
+        raise
+    except Exception:  # one of them is to blame
+        pass
+    else:
+        return {row.index: result for (row, _), result in zip(rows, results, strict=True)}
+    return {}
 
 
 def _entry(
