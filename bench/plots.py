@@ -136,7 +136,7 @@ def _sequences(records: Sequence[Record]) -> Any:
     series: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for r in records:
         if r.get("bench") == "throughput" and "sequences" in r:
-            kind = "prompt" if "prompt" in r["case"] else "tail"
+            kind = next(k for k in ("prompt", "tail", "clip") if k in r["case"])
             series[_label(r)][kind][r["sequences"]] = r["median"] * 1e3
     if not series:
         return None

@@ -3,8 +3,9 @@
     python bench/throughput.py --shapes tiny,qwen-1.8b [--clips 16] [--out F.jsonl]
 
 A batch is timed as a user starts it, from process start to end, with 1 and 2 feature workers; the
-clips are those of examples/, over and over. `sequences` prefills 1, 4 and 16 prompts per
-`llama_decode`: whole published prompts, and pseudo-last tails behind a prefix that all share.
+clips are those of examples/, over and over. `answers` are for 1, 4 and 16 clips whose features are
+there, clip by clip and together (`Analyzer.analyze_many`, pseudo-last). `sequences` prefills 1, 4,
+16 prompts per `llama_decode`: whole published ones, and tails behind a prefix that all share.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from bundles import TEXT, Pair, make
+from bundles import TEXT, Pair, features, make
 from children import mse_run
-from common import ROOT, Writer, gpus, machine, note, parse, parser, timing, turns
+from common import ROOT, Writer, gpus, machine, note, parse, parser, timed, timing, turns
 
 COUNTS = (1, 4, 16)
 CLIPS = {"tiny": 16, "qwen-1.8b": 8}
@@ -56,6 +57,36 @@ def batch(pair: Pair, args: argparse.Namespace, write: Writer) -> None:
         clips_per_second = 1 / sorted(found)[len(found) // 2]
         write(timing("throughput", f"{case}, a clip", found, shape=pair.shape, quant=pair.quant,
                      clips=count, clips_per_second=round(clips_per_second, 3)))  # fmt: skip
+
+
+def answers(pair: Pair, args: argparse.Namespace, write: Writer) -> None:
+    """Seconds for each clip from features and text, one after the other and in common passes."""
+    from mse_runtime import Analyzer
+    from mse_runtime.bundle import load_bundle
+
+    bundle = load_bundle(pair.pseudo_last)
+    found = features(bundle)
+    with Analyzer.open(bundle, threads=args.threads) as analyzer:
+        analyzer.ready()
+
+        def one_by_one() -> float:
+            return timed(lambda: analyzer.analyze_features(found, TEXT))
+
+        def together(count: int) -> float:
+            clips = [(found, TEXT, None)] * count
+            return timed(lambda: analyzer.analyze_many(clips)) / count
+
+        counts = COUNTS[:2] if args.quick else COUNTS
+        cases: dict[str, Any] = {"a clip by itself, two passes": one_by_one}
+        for n in counts:
+            cases[f"{n} clips answered together, each"] = lambda n=n: together(n)
+        samples = turns(cases, repeat=min(args.repeat, 5), seconds=args.seconds, least=1)
+    for case, times in samples.items():
+        count = 0 if case.startswith("a clip") else int(case.split()[0])
+        about = {"clips_per_second": round(1 / sorted(times)[len(times) // 2], 3)}
+        if count:
+            about["sequences"] = count
+        write(timing("throughput", case, times, shape=pair.shape, quant=pair.quant, **about))
 
 
 def sequences(pair: Pair, args: argparse.Namespace, write: Writer) -> None:
@@ -115,6 +146,7 @@ def main() -> None:
     for shape in args.shapes:
         for quant in args.quants if shape != "tiny" else ["f16"]:
             pair = make(shape, quant, args.bundles)
+            answers(pair, args, write)
             sequences(pair, args, write)
             batch(pair, args, write)
 
