@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from bundles import TEXT, Pair, features
 
 from mse_kernels import ggml
 from mse_runtime.analyzer import Analyzer
-from mse_runtime.backbone import Backbone, library
+from mse_runtime.backbone import Backbone, cpu, library, loading
 from mse_runtime.bundle import load_bundle
 from mse_runtime.prompt import build
 from mse_runtime.readout import Readout
@@ -168,16 +168,36 @@ class Layout:
         return {name: ms / 1e3 for name, ms in found.items()}
 
 
-class Raw:
-    """A second context on the same weights, driven through the C API with nothing in between.
+@contextmanager
+def llama_cpp_layout(backbone: Backbone) -> Iterator[Backbone]:
+    """The same model with its weights laid out as llama.cpp alone would have them.
 
-    With llama.cpp's own product of Q4_0 weights, not with ours that stands in for it.
+    `backbone` itself but on processors with AMX, where ours asks for another layout.
     """
+    if not cpu.has_amx() or backbone.info["q4_0"] == "llama.cpp":
+        yield backbone
+        return
+    usual, loading.repacked_q4_0 = loading.repacked_q4_0, lambda *_: None
+    try:
+        other = Backbone.open(
+            backbone.path, n_ctx=256, threads=backbone.info["threads"], extra_bufts=True
+        )
+    finally:
+        loading.repacked_q4_0 = usual
+    with other:
+        yield other
+
+
+class Raw:
+    """llama.cpp alone: its own layout and product of weights, the C API with nothing in between."""
 
     def __init__(self, backbone: Backbone, n_ctx: int | None = None) -> None:
         self.lib = lib = library.load()
+        self._open = ExitStack()
+        n_ctx = n_ctx or backbone.n_ctx
+        backbone = self._open.enter_context(llama_cpp_layout(backbone))
         params = lib.llama_context_default_params()
-        params.n_ctx = params.n_batch = n_ctx or backbone.n_ctx
+        params.n_ctx = params.n_batch = n_ctx
         params.n_ubatch = min(params.n_ctx, 512)
         params.n_threads = params.n_threads_batch = backbone.info["threads"]
         params.no_perf = True
@@ -207,8 +227,13 @@ class Raw:
         lib.llama_get_logits_ith(self.context, -1)[0]
         return time.perf_counter() - begun
 
+    def first_logit(self) -> float:
+        """Of the last decode."""
+        return float(self.lib.llama_get_logits_ith(self.context, -1)[0])
+
     def close(self) -> None:
         self.lib.llama_free(self.context)
+        self._open.close()
 
 
 def request(pair: Pair, layout: Layout) -> dict[str, Any]:

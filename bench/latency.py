@@ -60,6 +60,8 @@ def warm(pair: Pair, args: argparse.Namespace, write: Writer) -> None:
     """Everything in one process, peers beside it."""
     from engine import Engine, Raw, request
 
+    from mse_runtime.backbone import cpu
+
     engine = Engine(pair, args.threads)
     raw = Raw(engine.backbone)
     old, new = engine.published, engine.pseudo_last
@@ -77,8 +79,9 @@ def warm(pair: Pair, args: argparse.Namespace, write: Writer) -> None:
         ),
         "after features, published layout": old.after_features,
         "after features, pseudo-last": new.after_features,
-        ALONE: lambda: _alone(old.after_features),
     }
+    if not cpu.has_amx():  # there llama.cpp alone would have the weights in another layout
+        cases[ALONE] = lambda: _alone(old.after_features)
     if not args.quick:
         cases |= {
             "answer, published layout, greedy": lambda: old.answer(parity=True),

@@ -4,14 +4,13 @@
 
 The floor is a bare loop over the C API: clear the cache, one `llama_decode` of a token batch, read
 the logits. The runtime does what an answer needs: look up the rows in the mapped file, check them,
-prefill them as one batch of embeddings, copy the logits. Both use the same weights in one process
-and take turns, so other load on the machine hits both alike.
+prefill them as one batch of embeddings, copy the logits. Both take turns in one process, so other
+load on the machine hits both alike.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import statistics
 import time
@@ -20,36 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from engine import llama_cpp_alone
+from engine import Raw
 
-from mse_runtime.backbone import Backbone, library
-
-
-class Raw:
-    """A second context on the same weights, driven with nothing in between."""
-
-    def __init__(self, backbone: Backbone, threads: int) -> None:
-        self.lib = lib = library.load()
-        params = lib.llama_context_default_params()
-        params.n_ctx = params.n_batch = params.n_ubatch = backbone.n_ctx
-        params.n_threads = params.n_threads_batch = threads
-        params.no_perf = True
-        self.n_vocab = backbone.n_vocab
-        self.context = lib.llama_init_from_model(backbone._model, params)
-        self.memory = lib.llama_get_memory(self.context)
-
-    def prefill(self, ids: np.ndarray[Any, Any]) -> float:
-        """The first logit after `ids`, by llama.cpp's own product of Q4_0 weights."""
-        lib = self.lib
-        lib.llama_memory_clear(self.memory, False)
-        pointer = ids.ctypes.data_as(ctypes.POINTER(lib.llama_token))
-        with llama_cpp_alone():
-            if lib.llama_decode(self.context, lib.llama_batch_get_one(pointer, len(ids))):
-                raise SystemExit("llama_decode failed")
-        return float(lib.llama_get_logits_ith(self.context, -1)[0])
-
-    def close(self) -> None:
-        self.lib.llama_free(self.context)
+from mse_runtime.backbone import Backbone
 
 
 def timed(work: Callable[[], float]) -> tuple[float, float, float]:
@@ -62,14 +34,15 @@ def timed(work: Callable[[], float]) -> tuple[float, float, float]:
 def compare(path: Path, positions: int, threads: int | None, repeat: int) -> dict[str, Any]:
     with Backbone.open(path, n_ctx=positions, threads=threads) as backbone:
         ids = (np.arange(positions) * 37 % backbone.n_vocab).astype(np.int32)
-        raw = Raw(backbone, backbone.info["threads"])
+        raw = Raw(backbone)
 
         def ours() -> float:
             backbone.clear()
             return float(backbone.prefill(backbone.embed(ids))[0])
 
         def floor() -> float:
-            return raw.prefill(ids)
+            raw.decode(positions)
+            return raw.first_logit()
 
         for work in (ours, floor):
             work()  # warm up: pages, threads, graph

@@ -154,9 +154,10 @@ def plan(
         chosen = next((k for k in range(count, 0, -1) if sizes.vram(k) <= free_vram), 0)
     else:
         chosen = count if n_gpu_layers < 0 else min(n_gpu_layers, count)
-    from mse_runtime.backbone.loading import reads_file
+    from mse_runtime.backbone.loading import copies_mapped, copies_weights
 
-    mapped = not reads_file(gguf, extra_bufts and not low_memory)
+    repacks = extra_bufts and not low_memory
+    mapped = not copies_weights(gguf, repacks)
     on_gpu = sizes.layers(chosen)
     vocab = gguf.n_vocab
     used = min(1.0, (positions or sizes.n_ctx) / min(sizes.n_ctx, _UBATCH))
@@ -165,15 +166,7 @@ def plan(
     weights_ram = file_part if mapped else file_part - sum(sizes.weights[i] for i in on_gpu)
     if not mapped and sizes.tied and sizes.n_layer in on_gpu:
         weights_ram += sizes.embedding  # the table itself stays for the rows
-    items = (
-        Item("program", (_rss() if program is None else program) + LIBRARIES),
-        Item(
-            f"weights ({gguf.weight_type})",
-            weights_ram,
-            sum(sizes.weights[i] for i in on_gpu),
-            f"{sizes.weights[0] / MB:.1f} MB a layer, "
-            + ("mapped file" if mapped else "read into memory"),
-        ),
+    later = (
         Item(
             f"KV cache ({kv_type}, {sizes.n_ctx} positions)",
             sum(sizes.kv for i in range(sizes.n_layer) if i not in on_gpu),
@@ -188,6 +181,26 @@ def plan(
         ),
         Item("logits", 4 * vocab * output_rows),
         Item("adapter", adapter),
+    )
+    kept = "mapped file" if mapped else "read into memory"
+    table = 0
+    if copies_mapped(gguf, repacks, chosen):
+        kept = "copied from the mapped file"
+        if not sizes.tied:
+            # The table is not copied, but mapped with the rest while that is; what comes later
+            # takes its place.
+            weights_ram -= sizes.embedding
+            table = max(0, sizes.embedding - sum(item.ram for item in later))
+    items = (
+        Item("program", (_rss() if program is None else program) + LIBRARIES),
+        Item(
+            f"weights ({gguf.weight_type})",
+            weights_ram,
+            sum(sizes.weights[i] for i in on_gpu),
+            f"{sizes.weights[0] / MB:.1f} MB a layer, {kept}",
+        ),
+        Item("embedding table", table, note="mapped while the weights are copied"),
+        *later,
         Item("features", features),
         Item("GPU margin", 0, GPU_MARGIN if chosen else 0),
     )

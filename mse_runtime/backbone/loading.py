@@ -12,12 +12,16 @@ from typing import Any
 from mse_runtime.backbone import cpu, library
 from mse_runtime.backbone.file_checks import check_file, may_repack, repacking_pays
 from mse_runtime.backbone.head import make_tap
+from mse_runtime.backbone.mapped import CopiedPages
 from mse_runtime.backbone.repack import REPACKED, repacked_q4_0
 from mse_runtime.backbone.rotary import TABLES, RopeTable, Rounding
 from mse_runtime.errors import BackboneError
 from mse_runtime.gguf import Gguf
 
-__all__ = ["Context", "Handles", "Options", "load_model", "make_context", "reads_file"]
+__all__ = [
+    "Context", "Handles", "Options", "copies_mapped", "copies_weights", "load_model",
+    "make_context",
+]  # fmt: skip
 
 _KV_TYPES = {"f32": 0, "f16": 1}
 _MMAP, _READ = 1, 0  # llama_load_mode
@@ -114,7 +118,7 @@ def load_model(gguf: Gguf, options: Options, progress: Callable[[float], None] |
         lib.llama_model_free(model)
         raise
     info = _describe(lib, options, extra, warnings, library.log_lines(mark))
-    info |= {"mapped": not reads_file(gguf, extra), "probe": probed}
+    info |= {"mapped": not copies_weights(gguf, extra), "probe": probed}
     return Handles(lib, model, context, lib.llama_model_get_vocab(model), info)
 
 
@@ -137,13 +141,14 @@ def _extra_bufts(gguf: Gguf, options: Options) -> tuple[bool, dict[str, Any], li
     return found.extra_bufts, told, [found.warning] if found.warning else []
 
 
-def reads_file(gguf: Gguf, extra_bufts: bool) -> bool:
-    """Whether the weights are read into memory instead of being mapped.
-
-    Repacked weights are a copy; mapping the file as well would keep both resident. Reading takes
-    a third longer and nearly halves the memory.
-    """
+def copies_weights(gguf: Gguf, extra_bufts: bool) -> bool:
+    """Whether the weights are a copy in memory, instead of the mapped file itself."""
     return extra_bufts and may_repack(gguf)
+
+
+def copies_mapped(gguf: Gguf, extra_bufts: bool, n_gpu_layers: int) -> bool:
+    """Whether that copy is made from the mapped file: what is not copied needs no memory then."""
+    return copies_weights(gguf, extra_bufts) and n_gpu_layers == 0 and CopiedPages.possible()
 
 
 def _load_weights(
@@ -157,7 +162,10 @@ def _load_weights(
     params = lib.llama_model_default_params()
     params.n_gpu_layers = options.n_gpu_layers
     params.use_extra_bufts = extra
-    params.load_mode = _READ if reads_file(gguf, extra) else _MMAP
+    copied = None
+    if copies_mapped(gguf, extra, options.n_gpu_layers):
+        copied = CopiedPages(gguf.path)
+    params.load_mode = _READ if copies_weights(gguf, extra) and copied is None else _MMAP
     if extra and options.n_gpu_layers == 0:
         overrides = repacked_q4_0(lib, gguf)
         params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
@@ -168,6 +176,8 @@ def _load_weights(
 
     def report(fraction: float, _user: Any) -> bool:
         try:
+            if copied is not None:
+                copied.progress(fraction)
             if progress is not None:
                 progress(float(fraction))
         except BaseException as error:  # carried past the C frames and raised below
