@@ -4,8 +4,9 @@ The backbone loads in the background from the moment an `Analyzer` is opened, an
 extracted beside it. Where most of the prompt stands before the pseudo tokens (the pseudo-last
 layout), that part is prefilled while the clip is still being decoded, and the constant part of it
 is kept in the KV cache between utterances (and in a file between processes: `kept_prefix`); after
-the last feature only the pseudo tokens and the tail remain. Otherwise (published layouts) the
-prompt is one all-embedding batch. The labels are scored in the same pass as the prompt's end.
+the last feature only the pseudo tokens and the tail remain. Otherwise (published layouts, features
+that are there already) the prompt is one all-embedding batch. The labels are scored in the same
+pass as the prompt's end.
 """
 
 from __future__ import annotations
@@ -211,7 +212,7 @@ class Analyzer(Loaded):
             backbone.reserve(room, trie.n_paths + 1)
             try:
                 with watch.stage("prefill"):
-                    pending = self._prefill_early(backbone, prompt)
+                    pending = self._prefill_early(backbone, prompt, features)
                 found = features.result()
                 with watch.stage("adapter"):
                     pseudo = self._pseudo(backbone, prompt, found)
@@ -348,19 +349,21 @@ class Analyzer(Loaded):
         if changed:
             self._constant = np.empty(0, np.int32)
 
-    def _prefill_early(self, backbone: Backbone, prompt: Prompt) -> NDArray[np.int32]:
+    def _prefill_early(
+        self, backbone: Backbone, prompt: Prompt, features: Future[Features]
+    ) -> NDArray[np.int32]:
         """Prefill what stands before the pseudo tokens, if that pays; the ids still to be fed.
 
-        It pays where more of the prompt stands before the pseudo tokens than after. The batches are
-        cut at the same places whether or not the constant part is cached, so that an answer does
-        not depend on what was asked before.
+        It pays where more of the prompt stands before the pseudo tokens than after, and the
+        features are still being extracted: otherwise one pass is cheaper than two. The constant
+        part is a pass of its own whether or not it is cached, so that an answer does not depend on
+        what was asked before.
         """
-        known = self._prefill_constant(backbone, prompt)
-        if len(prompt.early) <= len(prompt.late):
-            return prompt.early
-        if len(rest := prompt.early[known:]):
-            backbone.prefill(backbone.embed(rest), logits="none")
-        return prompt.early[:0]
+        pending = prompt.early[self._prefill_constant(backbone, prompt) :]
+        if len(prompt.early) <= len(prompt.late) or features.done() or not len(pending):
+            return pending
+        backbone.prefill(backbone.embed(pending), logits="none")
+        return pending[:0]
 
     def _prefill_constant(self, backbone: Backbone, prompt: Prompt) -> int:
         """See to it that sequence 0 holds the constant part of the prompt, where that pays.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from mse_runtime.features.spec import Features
 from mse_runtime.parity import parse
 from mse_runtime.prompt import Prompt, build
 from mse_runtime.readout import intensity
+from mse_runtime.result import Stopwatch
 from mse_runtime.sizing import vram_mb
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,9 +123,11 @@ def test_early_prefill_equals_one_batch(
     analyzer: Analyzer, features: Features, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The latency-hiding order of work against the plain one: the same model, the same answer."""
-    early = analyzer.analyze_features(features, TEXT).answer
+    late = Future[Features]()
+    late.set_result(features)
+    monkeypatch.setattr(late, "done", lambda: False)
+    early = analyzer._answer(late, TEXT, None, None, None, Stopwatch()).answer
     with Analyzer.open("tiny", adapter="onnx") as plain:
-        monkeypatch.setattr(plain, "_prefill_early", lambda backbone, prompt: prompt.early)
         whole = plain.analyze_features(features, TEXT).answer
     np.testing.assert_allclose(early.log_scores, whole.log_scores, atol=0.05)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from mse_runtime.bundle.hub import resolve_bundle
 from mse_runtime.features.spec import Features
 from mse_runtime.prompt import build
 from mse_runtime.readout import Readout
+from mse_runtime.result import Stopwatch
 
 pytest_plugins = ("backbone_fixtures",)
 
@@ -70,6 +72,17 @@ class Meter:
         return prompt, Readout.build(task, self.backbone).trie
 
 
+class Late(Future[Any]):
+    """Features that are still being extracted when the language model is ready."""
+
+    def __init__(self, features: Any) -> None:
+        super().__init__()
+        self.set_result(features)
+
+    def done(self) -> bool:
+        return False
+
+
 def test_a_published_prompt_and_its_labels_are_one_pass(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,12 +105,20 @@ def test_after_the_features_only_the_tail_and_the_labels_remain(
         tail = (
             prompt.n_pseudo + len(prompt.late) + len(trie.tokens), 1 + int(trie.branches.sum())
         )  # fmt: skip
-        first = meter.of(lambda: analyzer.analyze_features(NOTHING, TEXT))
-        assert first == [(prompt.n_constant, 0), text, tail]
-        assert meter.of(lambda: analyzer.analyze_features(NOTHING, TEXT)) == [text, tail]
-        other = meter.of(lambda: analyzer.analyze_features(NOTHING, "no"))
+
+        def passes(text: str) -> list[tuple[int, int]]:
+            return meter.of(
+                lambda: analyzer._answer(Late(NOTHING), text, None, None, None, Stopwatch())
+            )
+
+        assert passes(TEXT) == [(prompt.n_constant, 0), text, tail]
+        assert passes(TEXT) == [text, tail]
+        other = passes("no")
         assert [rows for _, rows in other] == [0, tail[1]]  # the instructions are still there
         assert other[1] == tail
+        # Features that are there already need not be waited for.
+        together = [(text[0] + tail[0], tail[1])]
+        assert meter.of(lambda: analyzer.analyze_features(NOTHING, TEXT)) == together
 
 
 def test_several_clips_are_one_pass(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
