@@ -59,6 +59,9 @@ def steps(shapes: Sequence[str], quick: bool, limit: int) -> list[Step]:
         Step("neighbour.py", (*rest, "--seconds", "30")),
         Step("slopes.py", (*rest, "--seconds", "20")),
     ]
+    if "llama2-7b" in shapes and not quick:
+        few = ("--quick", "--clips", "4", "--seconds", "20")
+        found.append(Step("throughput.py", ("--shapes", "llama2-7b", *few)))
     for shape in (shape for shape in shapes if shape not in claimed):
         where = ("--shapes", shape, "--peers", "", "--quick")
         found += [
