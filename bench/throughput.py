@@ -77,7 +77,7 @@ def answers(pair: Pair, args: argparse.Namespace, write: Writer) -> None:
             return timed(lambda: analyzer.analyze_many(clips)) / count
 
         counts = COUNTS[:2] if args.quick else COUNTS
-        cases: dict[str, Any] = {"a clip by itself, two passes": one_by_one}
+        cases: dict[str, Any] = {"a clip by itself": one_by_one}
         for n in counts:
             cases[f"{n} clips answered together, each"] = lambda n=n: together(n)
         samples = turns(cases, repeat=min(args.repeat, 5), seconds=args.seconds, least=1)

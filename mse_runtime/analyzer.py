@@ -156,7 +156,8 @@ class Analyzer(Loaded):
 
         clips: (features, transcript, name of the clip or None) each. Raises what `analyze_features`
         raises, for all of them. Timings are those of a pass, shared evenly. Probabilities differ
-        from those of one clip at a time by rounding (docs/reliability.md).
+        from those of one clip at a time by rounding (docs/reliability.md). `last_features` stays
+        as it was; other threads wait until all clips are answered.
         """
         name, wanted = self.task(task)
         todo = [(features, check_text(text), clip) for features, text, clip in clips]
@@ -169,7 +170,10 @@ class Analyzer(Loaded):
         return found
 
     def new_positions(self, text: str, task: str | None = None) -> int:
-        """Positions that an answer for this transcript takes beyond what all prompts share."""
+        """Positions that an answer for this transcript takes beyond what all prompts share.
+
+        Waits until the backbone is loaded. Raises UsageError for a text or a task that cannot be.
+        """
         name, wanted = self.task(task)
         backbone = self._backbone.result()
         prompt = self._prompt(backbone, wanted, text, None)
@@ -248,9 +252,11 @@ class Analyzer(Loaded):
         readout = self._readout(name, task, backbone)
         trie = readout.trie
         prompts = [self._prompt(backbone, task, text, None) for _, text, _ in clips]
-        room = sum(len(prompt) + len(trie.tokens) for prompt in prompts) + FILLERS
+        shared = min(prompts, key=lambda prompt: len(_constant(prompt)))
+        known = len(_constant(shared))
+        new = sum(len(prompt) - known + len(trie.tokens) for prompt in prompts)
         backbone.reserve(
-            room,
+            known + new + FILLERS,
             len(clips) * (trie.n_paths + 1),
             n_seq_max=1 + len(clips),
             n_outputs=len(clips) * (1 + int(trie.branches.sum())),
@@ -258,7 +264,7 @@ class Analyzer(Loaded):
         sequences = range(1, 1 + len(clips))
         try:
             with watch.stage("prefill"):
-                known = self._prefill_constant(backbone, prompts[0])
+                self._prefill_constant(backbone, shared)
                 for seq in sequences:
                     backbone.copy(0, seq)
             rows = []

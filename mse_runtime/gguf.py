@@ -14,6 +14,7 @@ import errno
 import math
 import mmap
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -38,7 +39,10 @@ from mse_runtime.gguf_scan import (
 )
 from mse_runtime.quants import BLOCKS, TYPE_NAMES, dequantize
 
-__all__ = ["Gguf", "TensorInfo"]
+__all__ = ["MAPPINGS", "Gguf", "TensorInfo"]
+
+MAPPINGS = threading.Lock()
+"""Held while a mapping of a model's file goes, or while addresses of mappings are in use."""
 
 
 class Gguf:
@@ -168,7 +172,8 @@ class Gguf:
     def close(self) -> None:
         """Unmap the file. Arrays handed out before are copies and stay valid."""
         if self._map is not None and self._file is not None:
-            self._map.close()
+            with MAPPINGS:
+                self._map.close()
             self._file.close()
             self._map = self._file = None
 

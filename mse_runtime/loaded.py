@@ -46,12 +46,11 @@ class Loaded:
         adapter: str = "auto",
         require_gpu: bool = False,
     ) -> None:
-        """Start loading `bundle` in the background; see `open` for the arguments."""
+        """Start loading `bundle` in the background; see `Analyzer.open` for the arguments."""
         self.bundle = bundle
         self.threads = threads
         self.low_memory = low_memory
         self._require_gpu = require_gpu
-        self._n_gpu_layers = n_gpu_layers
         self._turn = threading.Lock()
         self._readouts: dict[str, Readout] = {}
         self._constant: NDArray[np.int32] = np.empty(0, np.int32)
@@ -152,7 +151,11 @@ class Loaded:
             low_memory=self.low_memory,
         )
         if self._require_gpu:
-            check_gpu(plan, backbone.info)
+            try:
+                check_gpu(plan, backbone.info)
+            except DeviceError:
+                backbone.close()
+                raise
         self._load_seconds = time.perf_counter() - self._load_started
         return backbone
 

@@ -204,7 +204,7 @@ def plan(
         Item("features", features),
         Item("GPU margin", 0, GPU_MARGIN if chosen else 0),
     )
-    return Plan(items, chosen, count, free_vram, weights_ram if mapped else 0)
+    return Plan(items, chosen, count, free_vram, weights_ram if mapped else table)
 
 
 class _Sizes:

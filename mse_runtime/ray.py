@@ -23,6 +23,7 @@ from mse_runtime.batch.export import PLAIN
 from mse_runtime.batch.pool import FeaturePool
 from mse_runtime.batch.rows import COLUMNS, make_row
 from mse_runtime.batch.run import answers
+from mse_runtime.batch.together import GroupSize
 from mse_runtime.bundle import load_bundle, manifest
 from mse_runtime.bundle.hub import builtin_bundles, resolve_bundle
 from mse_runtime.errors import UsageError
@@ -150,6 +151,7 @@ class _Worker:
         self._analyzer = Analyzer(loaded, threads=threads, n_gpu_layers=None if gpu else 0)
         self._analyzer.ready()
         self._pool = FeaturePool(max(1, num_cpus // 2), clip_timeout, clip_memory)
+        self._size = GroupSize(self._analyzer)  # goes on measuring from block to block
         self._folder, self._options = folder, options
 
     def __call__(self, table: Any) -> Any:
@@ -161,7 +163,7 @@ class _Worker:
             fields = {k: v for k in COLUMNS if (v := entry.get(k)) not in (None, "")}
             row = make_row(index, fields, self._folder)
             rows.append(row if "id" in fields else replace(row, id=""))
-        groups = answers(self._analyzer, rows, self._pool, **self._options)
+        groups = answers(self._analyzer, rows, self._pool, size=self._size, **self._options)
         found = [_record(entry) for entries in groups for entry in entries]
         kinds = [(n, pyarrow.float64() if n in NUMBERS else pyarrow.string()) for n in NAMES]
         return pyarrow.Table.from_pylist(found, schema=pyarrow.schema(kinds))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from make_fixtures import toy_gguf
 from mse_runtime.backbone import Backbone, loading
 from mse_runtime.backbone.mapped import _STEP, CopiedPages
 
-pytestmark = pytest.mark.skipif(not CopiedPages.possible(), reason="no Linux")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="no Linux")
 SIZE = 3 * _STEP
 
 
@@ -37,7 +38,8 @@ def big(tmp_path: Path) -> Path:
 
 
 def test_pages_are_given_back_in_steps_and_still_there(big: Path) -> None:
-    pages = CopiedPages(big)
+    pages = CopiedPages.of(big)
+    assert pages is not None
     with big.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         expected = mapped[:]
         assert resident(big) == SIZE
@@ -64,7 +66,9 @@ def test_pages_that_may_differ_from_the_file_are_left_alone(big: Path, tmp_path:
     ):  # fmt: skip
         own[:4] = b"mine"
         assert unrelated[0] == ord("x")
-        CopiedPages(big).progress(1.0)
+        pages = CopiedPages.of(big)
+        assert pages is not None
+        pages.progress(1.0)
         assert own[:4] == b"mine"
         assert resident(other) == 4096
 
@@ -74,10 +78,9 @@ def test_the_answers_are_those_of_a_file_that_was_read(
 ) -> None:
     path = toy_gguf(tmp_path / "m.gguf", "llama", dtype="q4_0")
     found = []
-    for possible in (True, False):
-        monkeypatch.setattr(
-            CopiedPages, "possible", staticmethod(lambda possible=possible: possible)
-        )
+    for mapped in (True, False):
+        if not mapped:
+            monkeypatch.setattr(CopiedPages, "of", lambda _path: None)
         with Backbone.open(path, threads=1, extra_bufts=True) as backbone:
             assert not backbone.info["mapped"]
             found.append(backbone.prefill(np.arange(40)))
@@ -99,6 +102,34 @@ def test_progress_is_still_told_and_can_stop(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         Backbone.open(path, threads=1, extra_bufts=True, progress=stop)
+
+
+def test_a_file_that_the_kernel_does_not_show_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a /proc of another kind: nothing could be given back, so nothing is mapped."""
+    path = toy_gguf(tmp_path / "m.gguf", "llama", dtype="q4_0")
+    monkeypatch.setattr("mse_runtime.backbone.mapped._mappings", lambda: iter([]))
+    assert CopiedPages.of(path) is None
+    assert CopiedPages.of(tmp_path / "missing.gguf") is None
+    with Backbone.open(path, threads=1, extra_bufts=True) as backbone:
+        assert not any("Mapped" in name for name in backbone.info["buffers_mib"])
+
+
+def test_no_mapping_goes_while_addresses_are_in_use(
+    big: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mse_runtime import gguf
+
+    with gguf.MAPPINGS:
+        model = toy_gguf(big.parent / "m.gguf", "llama")
+        opened = gguf.Gguf.open(model)
+        closing = threading.Thread(target=opened.close)
+        closing.start()
+        closing.join(0.2)
+        assert closing.is_alive()
+    closing.join(5)
+    assert not closing.is_alive()
 
 
 def test_with_layers_on_a_gpu_the_file_is_read(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +18,9 @@ from mse_runtime.batch import together
 from mse_runtime.batch.journal import Journal
 from mse_runtime.batch.pool import FeaturePool
 from mse_runtime.batch.rows import Row, read_rows
-from mse_runtime.batch.run import run
+from mse_runtime.batch.run import answers, run
 from mse_runtime.batch.together import SIZES, TRIES, GroupSize
-from mse_runtime.errors import BackboneError, UsageError
+from mse_runtime.errors import BackboneError, DecodeError, UsageError
 from mse_runtime.features.npz import load_npz
 from mse_runtime.features.spec import Features
 
@@ -118,6 +119,40 @@ def test_more_than_fit_into_a_pass_take_several(
         assert one.value == pytest.approx(other.value, abs=0.01)
 
 
+def test_a_group_does_not_wait_for_slow_features(
+    analyzer: Analyzer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows in hand when somebody presses Ctrl-C are those whose features are there."""
+    rows = make_rows(tmp_path, 6)
+    never: Future[Features] = Future()
+    features = [load_npz(row.source) for row in rows]
+
+    def slow(row: Row, *_: Any) -> Future[Features]:
+        if row.index == 3:
+            return never
+        ready: Future[Features] = Future()
+        ready.set_result(features[row.index])
+        return ready
+
+    monkeypatch.setattr("mse_runtime.batch.run._features", slow)
+    size = GroupSize(fake())
+    monkeypatch.setattr(GroupSize, "next", 4)
+    pool: Any = SimpleNamespace(workers=1)
+    groups = answers(analyzer, rows, pool, size=size)
+    assert [entry["id"] for entry in next(groups)] == ["r0", "r1", "r2"]
+    never.set_result(features[3])
+    assert [entry["id"] for entry in next(groups)] == ["r3", "r4", "r5"]
+
+
+def test_a_bad_row_in_every_group_does_not_stop_the_measuring() -> None:
+    size = GroupSize(fake())
+    for _ in range(len(SIZES) * TRIES):
+        size.failed(for_good=False)
+        size.took(size.next, 1.0)
+    assert not size.measuring
+    assert size.together
+
+
 def test_nothing_and_nonsense(analyzer: Analyzer, tmp_path: Path) -> None:
     assert analyzer.analyze_many([]) == []
     features = load_npz(make_rows(tmp_path, 1)[0].source)
@@ -152,24 +187,27 @@ def test_a_row_that_fails_does_not_take_its_group_along(
         assert found[i]["probabilities"] == pytest.approx(alone(analyzer, rows[i]), abs=TOLERANCE)
 
 
+@pytest.mark.parametrize(("error", "tries"), [(DecodeError, 1), (BackboneError, 2)])
 def test_no_memory_for_a_group_is_no_rows_fault(
-    analyzer: Analyzer, pool: FeaturePool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    analyzer: Analyzer, pool: FeaturePool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    error: type[Exception], tries: int,
+) -> None:  # fmt: skip
     rows, calls = make_rows(tmp_path, 6), []
 
     def short(*_args: Any, **_kwargs: Any) -> Any:
         calls.append(1)
-        raise BackboneError("llama.cpp cannot make a context (simulated)")
+        raise error("no (simulated)")
 
     monkeypatch.setattr(analyzer, "_answer_together", short)
     found = answered(analyzer, rows, pool, tmp_path / "out.jsonl")
     assert not any("error" in entry for entry in found)
-    assert len(calls) == 1  # afterwards clip by clip
+    assert len(calls) == tries  # afterwards clip by clip
     assert cache.read_json(together.FILE) == {}
 
 
-def fake(low_memory: bool = False) -> Any:
-    info = dict.fromkeys(("build", "device", "offloaded_layers", "threads", "q4_0"), 1)
+def fake(low_memory: bool = False, offloaded: int = 0) -> Any:
+    info = dict.fromkeys(("build", "device", "threads", "q4_0"), 1)
+    info["offloaded_layers"] = offloaded
     bundle = SimpleNamespace(
         tasks={}, backbone=SimpleNamespace(gguf=SimpleNamespace(sha256="0" * 64))
     )
@@ -200,6 +238,7 @@ def test_the_smallest_size_that_is_about_the_fastest(
     assert size.next == chosen
     assert GroupSize(fake()).next == chosen  # remembered
     assert GroupSize(fake(low_memory=True)).next == 1
+    assert GroupSize(fake(offloaded=3)).next == 1
 
 
 def test_little_memory_means_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

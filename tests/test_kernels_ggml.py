@@ -77,7 +77,7 @@ def plain(weights: Any, rows: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@given(st.integers(1, 12), st.integers(1, 7), st.integers(1, 6), st.integers(0, 99))
+@given(st.integers(1, 12), st.integers(1, 13), st.integers(1, 6), st.integers(0, 99))
 def test_the_product_is_the_plain_one(
     name: str, blocks: int, groups: int, eights: int, seed: int
 ) -> None:

@@ -28,7 +28,7 @@ static const uint16_t kHalfs[] = {0x3c00, 0x3800, 0x3400, 0xbc00, 0x0000, 0x4000
 static const float kFloats[] = {1.0f, 0.5f, 0.25f, -1.0f, 0.0f, 2.0f};
 
 static bool product() {
-  const int blocks = 1 + below(9), groups = 1 + below(7), eights = 1 + below(6);
+  const int blocks = 1 + below(9), groups = 1 + below(13), eights = 1 + below(6);
   const int rows = 4 * groups, columns = 8 * eights, stride = columns + below(5);
   const size_t nw = static_cast<size_t>(eights) * blocks, na = static_cast<size_t>(groups) * blocks;
   std::vector<uint8_t> w(nw * 144), a(na * 136);

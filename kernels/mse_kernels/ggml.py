@@ -113,7 +113,8 @@ def settle(folder: Path) -> str | None:
     if lib is None or other is None:
         return None
     rng = np.random.default_rng(0)
-    weights, activations = np.zeros((3, 3), WEIGHTS), np.zeros((3, 3), ACTIVATIONS)
+    # 36 rows, so that every tile of every kernel has its turn.
+    weights, activations = np.zeros((3, 3), WEIGHTS), np.zeros((9, 3), ACTIVATIONS)
     weights["scale"] = rng.uniform(-0.02, 0.02, weights["scale"].shape)
     weights["values"] = rng.integers(0, 256, weights["values"].shape)
     activations["scale"] = rng.uniform(0, 0.02, activations["scale"].shape)

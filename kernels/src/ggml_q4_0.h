@@ -48,6 +48,12 @@ inline size_t scratch(int n, int n_rows) {
   return static_cast<size_t>(n / kBlock) * (n_rows / 4) * sizeof(Rows);
 }
 
+// Fetches the block kAhead after this one; at the end of the weights there is none, which does no harm.
+static inline void ahead(const Weights *from) {
+  const auto at = reinterpret_cast<uintptr_t>(from) + kAhead * sizeof(Weights) + offsetof(Weights, values);
+  for (int line = 0; line < 2; line++) __builtin_prefetch(reinterpret_cast<const void *>(at + 64 * line));
+}
+
 #define MSE_UNROLL _Pragma("GCC unroll 16")
 
 // Isa: Ints and Floats, vectors of two lanes for each of kColumns columns; a tile has eight rows and
@@ -85,10 +91,7 @@ struct Product {
       for (int c = 0; c < C; c++) {
         const Weights &from = w[static_cast<size_t>((j + c) / kParts) * blocks + b];
         const int part = (j + c) % kParts * kColumns;
-        if (First && part == 0) {
-          __builtin_prefetch((&from)[kAhead].values);
-          __builtin_prefetch((&from)[kAhead].values + 64);
-        }
+        if (First && part == 0) ahead(&from);
         Isa::nibbles(from.values + part * 8, v[c]);
         scale[c] = Isa::scales(from.scale + part);
       }

@@ -172,10 +172,8 @@ void amx_int8(int n, float *out, size_t stride, const void *weights, const void 
     const bool both = j + 1 < eights;
     const Weights *left = w + static_cast<size_t>(j) * blocks, *right = both ? left + blocks : left;
     for (int b = 0; b < blocks; b++) {
-      for (int line = 0; line < 2; line++) {
-        __builtin_prefetch(left[b + kAhead].values + 64 * line);
-        __builtin_prefetch(right[b + kAhead].values + 64 * line);
-      }
+      ahead(left + b);
+      ahead(right + b);
       columns_of(left[b], right[b], columns + b);
     }
     const __mmask16 mask = both ? 0xffff : 0xff;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,17 +17,19 @@ from mse_runtime.backbone.mapped import CopiedPages
 from mse_runtime.backbone.repack import REPACKED, repacked_q4_0
 from mse_runtime.backbone.rotary import TABLES, RopeTable, Rounding
 from mse_runtime.errors import BackboneError
-from mse_runtime.gguf import Gguf
+from mse_runtime.gguf import MAPPINGS, Gguf
 
 __all__ = [
-    "Context", "Handles", "Options", "copies_mapped", "copies_weights", "load_model",
-    "make_context",
+    "Context", "Handles", "Options", "copies_mapped", "copies_weights", "free_model",
+    "load_model", "make_context",
 ]  # fmt: skip
 
 _KV_TYPES = {"f32": 0, "f16": 1}
 _MMAP, _READ = 1, 0  # llama_load_mode
 _PLAIN_ROPE = {-1, 0, 2}  # none, norm, neox; the others take several positions for each token
 _BUFFER = re.compile(r":\s+(\S+)\s+(model|KV|compute|output) buffer size\s*=\s*([\d.]+) MiB")
+_LOADING = threading.Lock()
+"""Models load in turns: llama.cpp unmaps parts of files at the end (see `CopiedPages`)."""
 _OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
 
 
@@ -115,7 +118,7 @@ def load_model(gguf: Gguf, options: Options, progress: Callable[[float], None] |
         _check_model(lib, model, gguf)
         context = make_context(lib, model, options)
     except BaseException:
-        lib.llama_model_free(model)
+        free_model(lib, model)
         raise
     info = _describe(lib, options, extra, warnings, library.log_lines(mark))
     info |= {"mapped": not copies_weights(gguf, extra), "probe": probed}
@@ -148,7 +151,9 @@ def copies_weights(gguf: Gguf, extra_bufts: bool) -> bool:
 
 def copies_mapped(gguf: Gguf, extra_bufts: bool, n_gpu_layers: int) -> bool:
     """Whether that copy is made from the mapped file: what is not copied needs no memory then."""
-    return copies_weights(gguf, extra_bufts) and n_gpu_layers == 0 and CopiedPages.possible()
+    if n_gpu_layers or not copies_weights(gguf, extra_bufts):
+        return False
+    return CopiedPages.of(gguf.path) is not None
 
 
 def _load_weights(
@@ -162,9 +167,7 @@ def _load_weights(
     params = lib.llama_model_default_params()
     params.n_gpu_layers = options.n_gpu_layers
     params.use_extra_bufts = extra
-    copied = None
-    if copies_mapped(gguf, extra, options.n_gpu_layers):
-        copied = CopiedPages(gguf.path)
+    copied = CopiedPages.of(gguf.path) if copies_mapped(gguf, extra, options.n_gpu_layers) else None
     params.load_mode = _READ if copies_weights(gguf, extra) and copied is None else _MMAP
     if extra and options.n_gpu_layers == 0:
         overrides = repacked_q4_0(lib, gguf)
@@ -187,10 +190,11 @@ def _load_weights(
 
     callback = lib.llama_progress_callback(report)
     params.progress_callback = callback
-    model = lib.llama_model_load_from_file(os.fsencode(gguf.path), params)
+    with _LOADING:
+        model = lib.llama_model_load_from_file(os.fsencode(gguf.path), params)
     if raised:
         if model:
-            lib.llama_model_free(model)
+            free_model(lib, model)
         raise raised[0]
     if not model:
         raise BackboneError(
@@ -199,6 +203,12 @@ def _load_weights(
             "qwen, qwen2 or chatglm."
         )
     return model
+
+
+def free_model(lib: Any, model: Any) -> None:
+    """Free a model and unmap its file."""
+    with MAPPINGS:
+        lib.llama_model_free(model)
 
 
 def _check_model(lib: Any, model: Any, gguf: Gguf) -> None:

@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from mse_runtime.gguf import MAPPINGS
 
 __all__ = ["CopiedPages"]
 
@@ -26,16 +31,32 @@ class CopiedPages:
     cache, or from the disk.
     """
 
-    def __init__(self, path: Path) -> None:
-        found = path.stat()
-        self._inode, self._size = str(found.st_ino), found.st_size
-        self._device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"
+    def __init__(self, size: int, file: tuple[str, str]) -> None:
+        self._size, self._file = size, file
         self._given = -float(_STEP)  # at once, too: llama.cpp maps the file with every page
 
-    @staticmethod
-    def possible() -> bool:
-        """Whether this system has the calls: Linux."""
-        return sys.platform == "linux" and hasattr(mmap, "MADV_DONTNEED") and _MAPS.exists()
+    @classmethod
+    def of(cls, path: Path) -> Self | None:
+        """For this file; None where pages cannot be given back: no Linux, no such file.
+
+        What the kernel calls the file is read off a mapping: on some file systems (btrfs) `stat`
+        names another device.
+        """
+        if sys.platform != "linux":
+            return None
+        try:
+            with (
+                MAPPINGS,
+                path.open("rb") as file,
+                mmap.mmap(file.fileno(), 1, access=mmap.ACCESS_READ) as one,
+            ):
+                page = np.frombuffer(one, np.uint8)
+                address = page.ctypes.data
+                name = next((name for start, _, name in _mappings() if start == address), None)
+                del page  # the mapping cannot be closed while it is looked at
+            return None if name is None else cls(path.stat().st_size, name)
+        except (OSError, ValueError):
+            return None
 
     def progress(self, fraction: float) -> None:
         """Part of the file that has been copied by now."""
@@ -43,15 +64,18 @@ class CopiedPages:
             return
         self._given = fraction * self._size
         madvise = ctypes.CDLL(None).madvise
-        for start, stop in self._mappings():
-            madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
+        with MAPPINGS:  # none of them may go meanwhile: its address could be another's by then
+            for start, stop, name in _mappings():
+                if name == self._file:
+                    madvise(
+                        ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED
+                    )
 
-    def _mappings(self) -> list[tuple[int, int]]:
-        """Addresses; none that are writable, where pages might differ from the file's."""
-        found = []
-        for line in _MAPS.read_text(encoding="utf-8", errors="replace").splitlines():
-            place, rights, _offset, device, inode = line.split(maxsplit=5)[:5]
-            if (device, inode) == (self._device, self._inode) and "w" not in rights:
-                start, stop = place.split("-")
-                found.append((int(start, 16), int(stop, 16)))
-        return found
+
+def _mappings() -> Iterator[tuple[int, int, tuple[str, str]]]:
+    """Start, end, and device and inode of the file; none that are writable: they may differ."""
+    for line in _MAPS.read_text(encoding="utf-8", errors="replace").splitlines():
+        place, rights, _offset, device, inode = line.split(maxsplit=5)[:5]
+        if inode != "0" and "w" not in rights:
+            start, stop = place.split("-")
+            yield int(start, 16), int(stop, 16), (device, inode)

@@ -89,15 +89,14 @@ class Passes(Sequences):
     def _run(self, entries: Entries) -> None:
         """`llama_decode`, filled up where that is cheaper and there is room."""
         more = fillers(len(entries), self.info["q4_0"]) if self.info["repacked"] else 0
-        used = sum(self.length(seq) for seq in range(self.n_seq_max)) + len(entries) + more
         whole = min(self.n_batch, self._n_ubatch)  # what llama.cpp neither refuses nor cuts up
-        if not more or used > self.n_ctx or len(entries) + more > whole:
+        if not more or len(entries) + more > whole:
             self._run_these(entries)
             return
         spare = self._options.n_sequences - 1
         try:
             self._run_these(entries.filled(more, spare))
-        except NoRoom:  # nodes of a tree are in no sequence of the caller's, so `used` lacks them
+        except NoRoom:
             self._run_these(entries)
         finally:
             self._lib.llama_memory_seq_rm(self._memory, spare, -1, -1)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mse_runtime.backbone import state
-from mse_runtime.backbone.loading import Context, Handles, Options, make_context
+from mse_runtime.backbone.loading import Context, Handles, Options, free_model, make_context
 from mse_runtime.backbone.rotary import RopeTable
 from mse_runtime.errors import BackboneError
 from mse_runtime.gguf import Gguf
@@ -60,7 +60,7 @@ class Sequences:
             if context is not None:
                 self._lib.llama_free(context)
             if model is not None:
-                self._lib.llama_model_free(model)
+                free_model(self._lib, model)
             self._gguf.close()
 
     def _check_open(self) -> None:
@@ -72,9 +72,10 @@ class Sequences:
     ) -> bool:
         """See to it that so many positions, leaves, sequences and rows of logits fit in one pass.
 
-        Where they do not yet, a larger cache is made and the sequences move there, a matter of
-        milliseconds; returns whether that was needed. Nothing ever shrinks. Raises BackboneError,
-        the old cache being kept.
+        Where they do not yet, a larger cache is made beside the old one and the sequences move
+        there, a matter of milliseconds; returns whether that was needed. Sequences and leaves are
+        255 at most together, the leaves being cut to what is left. Raises BackboneError where
+        there is no memory for it, the old cache being kept.
         """
         with self._lock:
             self._check_open()

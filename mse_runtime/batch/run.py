@@ -9,7 +9,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -84,11 +84,13 @@ def answers(
     parity: Parity | None = None,
     fps: float | None = None,
     max_seconds: float = 60.0,
+    size: GroupSize | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
     """One line of output for each row, in order, while `pool` works on the features of the next.
 
-    They come in groups that shared a pass through the language model (`together`). What keeps
-    every row from an answer (no such task, a model that does not load) is raised.
+    They come in groups that shared a pass through the language model, as large as `size` says
+    (default: a new one); a row whose features are not there yet is not waited for. What keeps every
+    row from an answer (no such task, a model that does not load) is raised.
     """
     analyzer.task(task)
     analyzer.ready()
@@ -104,14 +106,17 @@ def answers(
     }
     waiting: deque[tuple[Row, Future[Features]]] = deque()
     todo = iter(rows)
-    size = GroupSize(analyzer)
+    size = size or GroupSize(analyzer)
     while True:
         count = 1 if parity else size.next
         while len(waiting) < AHEAD * pool.workers + count and (row := next(todo, None)):
             waiting.append((row, _features(row, pool, options)))
         if not waiting:
             return
-        group = [waiting.popleft() for _ in range(min(count, len(waiting)))]
+        group = [waiting.popleft()]
+        wait([group[0][1]])
+        while len(group) < count and waiting and waiting[0][1].done():
+            group.append(waiting.popleft())
         yield _entries(analyzer, group, task, parity, size)
 
 
@@ -149,9 +154,13 @@ def _entries(
                 by_task.setdefault(row.task or task, []).append((row, features.result()))
         for name, rows in by_task.items():
             found |= _together(analyzer, rows, name, size)
-        if len(found) == len(group):
+        if found and size.measuring and len(group) == size.next:
             seconds = sum(result.timing_ms["total"] for result in found.values()) / 1e3
-            positions = sum(analyzer.new_positions(row.text, row.task or task) for row, _ in group)
+            positions = sum(
+                analyzer.new_positions(row.text, row.task or task)
+                for row, _ in group
+                if row.index in found
+            )
             size.took(len(group), seconds / positions)
     return [
         {"index": row.index, "id": row.id, **found[row.index].to_dict()}
@@ -168,8 +177,10 @@ def _together(
     clips = [(features, row.text, str(row.source)) for row, features in rows]
     try:
         results = analyzer.analyze_many(clips, task=task)
-    except (BackboneError, MemoryError):  # it may have been too much at a time
-        size.give_up()
+    except (DecodeError, MemoryError):
+        size.failed(for_good=True)
+    except BackboneError:  # too much at a time, or one of the rows
+        size.failed(for_good=False)
     except DeviceError:
         raise
     except Exception:  # one of them is to blame

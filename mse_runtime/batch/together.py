@@ -1,8 +1,8 @@
 """How many clips of a batch share a pass through the language model: measured, and remembered.
 
 The first groups of a batch are of every size in turns. The smallest size that is about as fast as
-the fastest stays, in later batches too: on a few cores one clip fills a pass already, a GPU or a
-small model takes many.
+the fastest stays, in later batches too: on a few cores one clip fills a large model's pass already,
+a small model or many cores take several.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ class GroupSize:
     def __init__(self, analyzer: Analyzer) -> None:
         self._key = _key(analyzer)
         known = cache.read_json(FILE).get(self._key)
-        sizes = (1,) if analyzer.low_memory or _short_of_memory(analyzer) else SIZES
+        sizes = SIZES if _room_for_groups(analyzer) else SIZES[:1]
         self._times: dict[int, list[float]] = {size: [] for size in sizes}
         self._chosen = known if known in sizes else sizes[0] if len(sizes) == 1 else None
+        self._failed = 0
         self.together = True
         """Whether passes are for whole prompts, of a group or of a single clip."""
 
@@ -48,7 +49,8 @@ class GroupSize:
 
     def took(self, size: int, seconds: float) -> None:
         """A group of `size` took so long for each position that was new in it."""
-        if self._chosen is not None or size not in self._times:
+        self._failed = 0
+        if not self.measuring or size not in self._times:
             return
         self._times[size].append(seconds)
         if min(map(len, self._times.values())) < TRIES:
@@ -61,15 +63,30 @@ class GroupSize:
         kept = list(known.items())[1 - MAX_REMEMBERED :]
         cache.write_json(FILE, {**dict(kept), self._key: self._chosen})
 
-    def give_up(self) -> None:
-        """Clip by clip from now on, in this batch."""
-        self._chosen, self.together = 1, False
+    @property
+    def measuring(self) -> bool:
+        """Whether no size has been chosen yet."""
+        return self._chosen is None
+
+    def failed(self, *, for_good: bool) -> None:
+        """A pass failed, for lack of memory (`for_good`) or perhaps because of a row in it.
+
+        Clip by clip from now on, in this batch, after the first or twice in a row.
+        """
+        self._failed += 1
+        if for_good or self._failed > 1:
+            self._chosen, self.together = 1, False
 
 
-def _short_of_memory(analyzer: Analyzer) -> bool:
-    """A group's cache and buffers take a tenth more than the plan: far from what is left."""
+def _room_for_groups(analyzer: Analyzer) -> bool:
+    """A group's cache and buffers take a tenth more than the plan: they must be far from the limit.
+
+    A GPU's memory is planned to be full, and no group has been tried on one: there it is no.
+    """
+    if analyzer.low_memory or analyzer.backbone_info["offloaded_layers"]:
+        return False
     room = memory.available()
-    return bool(room) and room < analyzer.plan.ram * SPARE
+    return not room or room >= analyzer.plan.ram * SPARE
 
 
 def _key(analyzer: Analyzer) -> str:
