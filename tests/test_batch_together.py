@@ -144,13 +144,25 @@ def test_a_group_does_not_wait_for_slow_features(
     assert [entry["id"] for entry in next(groups)] == ["r3", "r4", "r5"]
 
 
-def test_a_bad_row_in_every_group_does_not_stop_the_measuring() -> None:
-    size = GroupSize(fake())
-    for _ in range(len(SIZES) * TRIES):
-        size.failed(for_good=False)
-        size.took(size.next, 1.0)
-    assert not size.measuring
-    assert size.together
+def test_rows_that_fail_now_and_then_do_not_end_the_groups(
+    analyzer: Analyzer, pool: FeaturePool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backbone may refuse one row's pseudo tokens: that says nothing about the others."""
+    rows = make_rows(tmp_path, 12)
+    bad = {rows[2].text, rows[6].text, rows[10].text}
+    usual, sizes = analyzer._answer_together, []
+
+    def refusing(name: str, task: Any, clips: Any) -> Any:
+        if bad & {text for _, text, _ in clips}:
+            raise BackboneError("Embedding row 0 holds NaN (simulated)")
+        sizes.append(len(clips))
+        return usual(name, task, clips)
+
+    monkeypatch.setattr(analyzer, "_answer_together", refusing)
+    monkeypatch.setattr(GroupSize, "next", 2)
+    found = answered(analyzer, rows, pool, tmp_path / "out.jsonl")
+    assert not any("error" in entry for entry in found)  # alone, each of them is answered
+    assert sizes == [2, 1, 2, 1, 1]  # pairs but for refused ones and those of two tasks
 
 
 def test_nothing_and_nonsense(analyzer: Analyzer, tmp_path: Path) -> None:

@@ -186,6 +186,7 @@ def _together(
     except Exception:  # one of them is to blame
         pass
     else:
+        size.passed()
         return {row.index: result for (row, _), result in zip(rows, results, strict=True)}
     return {}
 

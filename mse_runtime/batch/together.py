@@ -49,7 +49,6 @@ class GroupSize:
 
     def took(self, size: int, seconds: float) -> None:
         """A group of `size` took so long for each position that was new in it."""
-        self._failed = 0
         if not self.measuring or size not in self._times:
             return
         self._times[size].append(seconds)
@@ -67,6 +66,10 @@ class GroupSize:
     def measuring(self) -> bool:
         """Whether no size has been chosen yet."""
         return self._chosen is None
+
+    def passed(self) -> None:
+        """A pass went through."""
+        self._failed = 0
 
     def failed(self, *, for_good: bool) -> None:
         """A pass failed, for lack of memory (`for_good`) or perhaps because of a row in it.
