@@ -11,6 +11,7 @@ pass as the prompt's end.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
 from pathlib import Path
@@ -25,20 +26,16 @@ from mse_runtime.bundle.hub import resolve_bundle
 from mse_runtime.errors import UsageError
 from mse_runtime.features.normalise import prepare
 from mse_runtime.loaded import Loaded
-from mse_runtime.parity import generate
+from mse_runtime.parity import Generated, generate
 from mse_runtime.placement import MB, measured
 from mse_runtime.prompt import Prompt, build, check_text
-from mse_runtime.readout import Readout
+from mse_runtime.readout import Answer, Readout
 from mse_runtime.result import Prediction, Stopwatch
 from mse_runtime.sizing import vram_mb
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
     from mse_runtime.backbone import Backbone
     from mse_runtime.features.spec import Features
-    from mse_runtime.parity import Generated
-    from mse_runtime.readout import Answer
 
 __all__ = ["Analyzer"]
 

@@ -154,7 +154,7 @@ def plan(
         chosen = next((k for k in range(count, 0, -1) if sizes.vram(k) <= free_vram), 0)
     else:
         chosen = count if n_gpu_layers < 0 else min(n_gpu_layers, count)
-    from mse_runtime.backbone.loading import copies_mapped, copies_weights
+    from mse_runtime.backbone.loading import copied_pages, copies_weights
 
     repacks = extra_bufts and not low_memory
     mapped = not copies_weights(gguf, repacks)
@@ -184,7 +184,7 @@ def plan(
     )
     kept = "mapped file" if mapped else "read into memory"
     table = 0
-    if copies_mapped(gguf, repacks, chosen):
+    if copied_pages(gguf, repacks, chosen) is not None:
         kept = "copied from the mapped file"
         if not sizes.tied:
             # The table is not copied, but mapped with the rest while that is; what comes later

@@ -136,9 +136,9 @@ def test_with_layers_on_a_gpu_the_file_is_read(tmp_path: Path) -> None:
     from mse_runtime.gguf import Gguf
 
     with Gguf.open(toy_gguf(tmp_path / "m.gguf", "llama", dtype="q4_0")) as gguf:
-        assert loading.copies_mapped(gguf, True, 0)
-        assert not loading.copies_mapped(gguf, True, 1)
-        assert not loading.copies_mapped(gguf, False, 0)
+        assert loading.copied_pages(gguf, True, 0)
+        assert not loading.copied_pages(gguf, True, 1)
+        assert not loading.copied_pages(gguf, False, 0)
 
 
 def test_the_peak_is_not_the_file_and_its_copy(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from mse_runtime.errors import BackboneError
 from mse_runtime.gguf import MAPPINGS, Gguf
 
 __all__ = [
-    "Context", "Handles", "Options", "copies_mapped", "copies_weights", "free_model",
+    "Context", "Handles", "Options", "copied_pages", "copies_weights", "free_model",
     "load_model", "make_context",
 ]  # fmt: skip
 
@@ -149,11 +149,11 @@ def copies_weights(gguf: Gguf, extra_bufts: bool) -> bool:
     return extra_bufts and may_repack(gguf)
 
 
-def copies_mapped(gguf: Gguf, extra_bufts: bool, n_gpu_layers: int) -> bool:
-    """Whether that copy is made from the mapped file: what is not copied needs no memory then."""
+def copied_pages(gguf: Gguf, extra_bufts: bool, n_gpu_layers: int) -> CopiedPages | None:
+    """For a copy that is made from the mapped file: what is not copied needs no memory then."""
     if n_gpu_layers or not copies_weights(gguf, extra_bufts):
-        return False
-    return CopiedPages.of(gguf.path) is not None
+        return None
+    return CopiedPages.of(gguf.path)
 
 
 def _load_weights(
@@ -167,7 +167,7 @@ def _load_weights(
     params = lib.llama_model_default_params()
     params.n_gpu_layers = options.n_gpu_layers
     params.use_extra_bufts = extra
-    copied = CopiedPages.of(gguf.path) if copies_mapped(gguf, extra, options.n_gpu_layers) else None
+    copied = copied_pages(gguf, extra, options.n_gpu_layers)
     params.load_mode = _READ if copies_weights(gguf, extra) and copied is None else _MMAP
     if extra and options.n_gpu_layers == 0:
         overrides = repacked_q4_0(lib, gguf)
