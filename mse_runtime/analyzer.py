@@ -105,13 +105,17 @@ class Analyzer(Loaded):
         feature rate of the bundle's spec; `keep_frames` small pictures are kept for a plot. The
         extracted features stay in `last_features` until the next call.
         """
-        from mse_runtime.features.extract import extract
-
         check_text(text)
         watch = Stopwatch()
         inputs = self.bundle.features
-        features = background.start(
-            lambda: extract(
+
+        def features_of() -> Features:
+            # The way to the weights is Python, and so is the way to the clip: in turns both would
+            # take longer, and most clips are done before the weights are.
+            self._reading.wait()
+            from mse_runtime.features.extract import extract
+
+            return extract(
                 clip,
                 audio_spec=inputs.audio.spec,
                 face_spec=inputs.face.spec,
@@ -123,9 +127,9 @@ class Analyzer(Loaded):
                 trace=lambda stage, seconds: watch.add(STAGES[stage], seconds),
                 keep_frames=keep_frames,
                 bundle=self.bundle,
-            ),
-            "mse-features",
-        )
+            )
+
+        features = background.start(features_of, "mse-features")
         first = self.last_features is None
         prediction = self._answer(features, text, task, parity, str(clip), watch)
         if not first:  # a process that answers once is about to give everything back

@@ -7,7 +7,9 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -194,9 +196,7 @@ def run(context: click.Context, /, arguments: tuple[str, ...], **options: Any) -
         "--plan alone": _plan_only,
     }
     _check_outputs(options)
-    commands.get(mode, _answer)(arguments, options)
-    if mode not in commands and context.obj:
-        context.obj()
+    commands.get(mode, partial(_answer, finish=context.obj))(arguments, options)
 
 
 def _check_options(mode: str, context: click.Context) -> None:
@@ -225,7 +225,9 @@ def _check_outputs(options: dict[str, Any]) -> None:
         check_plot(options["plot"])
 
 
-def _answer(arguments: tuple[str, ...], options: dict[str, Any]) -> None:
+def _answer(
+    arguments: tuple[str, ...], options: dict[str, Any], finish: Callable[[], None] | None
+) -> None:
     from mse_runtime.prompt import check_text
 
     wanted = 1 if options["features"] else 2
@@ -266,6 +268,8 @@ def _answer(arguments: tuple[str, ...], options: dict[str, Any]) -> None:
                 keep_frames=8 if options["plot"] else 0,
             )
         _report(analyzer, prediction, options)
+        if finish is not None:  # the model still loaded: the system frees it faster than we would
+            finish()
 
 
 def _is_file(word: str) -> bool:

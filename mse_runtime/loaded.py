@@ -52,6 +52,7 @@ class Loaded:
         self.low_memory = low_memory
         self._require_gpu = require_gpu
         self._turn = threading.Lock()
+        self._reading = threading.Event()  # from here on loading is not Python's work
         self._readouts: dict[str, Readout] = {}
         self._constant: NDArray[np.int32] = np.empty(0, np.int32)
         self._load_seconds = self._load_started = 0.0
@@ -68,6 +69,7 @@ class Loaded:
             "mse-plan",
         )
         self._backbone: Future[Backbone] = background.start(self._load_backbone, "mse-load")
+        self._backbone.add_done_callback(lambda _: self._reading.set())  # it may fail before
         self._adapter: Future[Adapter] = background.start(
             lambda: self._load_adapter(adapter), "mse-adapter"
         )
@@ -149,6 +151,7 @@ class Loaded:
             n_ctx=positions(self.bundle),
             threads=self.threads or default_threads(self.bundle),
             low_memory=self.low_memory,
+            progress=lambda _: self._reading.set(),
         )
         if self._require_gpu:
             try:

@@ -190,6 +190,8 @@ def _load_weights(
 
     callback = lib.llama_progress_callback(report)
     params.progress_callback = callback
+    if progress is not None:
+        progress(0.0)  # llama.cpp's own first call is after the file is mapped, and read
     with _LOADING:
         model = lib.llama_model_load_from_file(os.fsencode(gguf.path), params)
     if raised:

@@ -12,6 +12,8 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from mse_runtime.errors import BackboneError
 
 __all__ = ["load", "save"]
@@ -55,7 +57,7 @@ def load(
     if not length:
         lib.llama_memory_seq_rm(lib.llama_get_memory(context), seq, -1, -1)
         return
-    payload = (ctypes.c_uint8 * size).from_buffer_copy(body)
+    payload = np.frombuffer(body, np.uint8).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
     if int(lib.llama_state_seq_set_data(context, payload, size, seq)) != size:
         lib.llama_memory_seq_rm(lib.llama_get_memory(context), seq, -1, -1)
         raise BackboneError(
