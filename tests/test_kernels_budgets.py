@@ -133,6 +133,20 @@ def test_mean_rows(isa: str, shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dims", [(64, 177), (1024, 2048)])
+def test_input_projection(isa: str, dims: tuple[int, int]) -> None:
+    """Features of any scale, added up over a wide input; relative to max |pseudo|."""
+    rng = np.random.default_rng(5)
+    case = random_case(5, 3, (33, 50, 2), random_weights(5, *dims, (64, 48)), lengths="full")
+    for rows in (case.audio, case.video):
+        rows *= (10.0 ** rng.uniform(-6, 1, rows.shape)).astype(np.float32)
+    want = reference.forward(*case, dtype=np.float64)["pseudo"]
+    with mse_kernels.open("cpu", case.weights, isa=isa) as kernel:
+        got = kernel(*case.inputs)
+    assert np.abs(got - want).max() <= 5e-7 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_long_recurrence(isa: str) -> None:
     """2000 steps of a saturating and of a nearly linear LSTM; relative to max |pseudo|."""
     for gain in (0.05, 1.0, 4.0):

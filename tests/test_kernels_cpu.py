@@ -50,6 +50,9 @@ def test_every_instruction_set_of_this_processor_is_there() -> None:
     if flags.exists():
         text = flags.read_text()
         assert ("avx512" in ISAS) == all(f" avx512{x}" in text for x in ("f", "bw", "dq", "vl"))
+        if "amx" in ISAS:
+            assert ISAS[0] == "amx"
+            assert all(f" {x}" in text for x in ("amx_tile", "amx_bf16", "avx512bw"))
         assert ("avx2" in ISAS) == (" avx2" in text and " fma" in text and " f16c" in text)
 
 
@@ -107,7 +110,8 @@ def test_any_shape(
 @pytest.mark.parametrize("storage", ["f32", "f16", "bf16"])
 def test_same_bits_for_any_threads_and_batch(isa: str, storage: str) -> None:
     """70 samples are more than one block; each alone gives what it gives among the others."""
-    case = random_case(7, 70, (75, 11, 5))
+    weights = random_weights(7, 13, 150)  # inputs for vectors and for tiles
+    case = random_case(7, 70, (75, 40, 5), weights)
     got = run(case, 1, storage, isa)
     for threads in (2, 3, 5):
         np.testing.assert_array_equal(run(case, threads, storage, isa), got)
@@ -196,11 +200,14 @@ def test_bad_arguments(name: str, change: Callable[[Any], Any], message: str) ->
         run(bad)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+LOW_NAN = np.array([0x7F800001], np.uint32).view(np.float32)[0]  # its upper half is infinity's
+
+
+@pytest.mark.parametrize("value", [np.nan, LOW_NAN, np.inf, -np.inf])
 @pytest.mark.parametrize("name", ["audio", "video", "text"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_values_that_are_not_finite(name: str, value: float, isa: str) -> None:
-    case = random_case(11, lengths="full")
+    case = random_case(11, weights=random_weights(11, 13, 70), lengths="full")
     getattr(case, name)[1, 5, 3] = value
     with (
         mse_kernels.open("cpu", case.weights, 2, isa=isa) as kernel,

@@ -54,7 +54,10 @@ def fuzz(command: Sequence[str], rounds: int, seed: int) -> str:
 def native_units() -> tuple[dict[str, Sequence[str]], tuple[str, ...]]:
     units: dict[str, Sequence[str]] = dict.fromkeys(COMMON, ())
     if X86:
-        return {**units, "isa_avx2": AVX2, "isa_avx512": AVX512}, ("-DMSE_X86",)
+        units |= {"isa_avx2": AVX2, "isa_avx512": AVX512}
+        if platform.system() == "Linux":
+            return {**units, "isa_amx": AVX512}, ("-DMSE_X86", "-DMSE_AMX")
+        return units, ("-DMSE_X86",)
     return {**units, "isa_neon": ()}, ("-DMSE_NEON",)
 
 

@@ -74,8 +74,9 @@ def open(
     """Pack `weights` for `backend` ("cpu" or "cuda").
 
     storage "f32", "f16" or "bf16": how weights are kept; arithmetic is float32. isa forces an
-    instruction set of the CPU library ("avx512", "avx2", "neon", "scalar"; also the environment
-    variable MSE_KERNELS_ISA). Raises UnavailableError with the reason, or WeightsError.
+    instruction set of the CPU library ("amx", "avx512", "avx2", "neon", "scalar"; also the
+    environment variable MSE_KERNELS_ISA). Raises UnavailableError with the reason, or
+    WeightsError.
     """
     from mse_kernels.weights import Weights
 

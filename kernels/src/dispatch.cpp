@@ -1,6 +1,12 @@
 // Which instruction sets this binary holds, and which of them this processor runs.
 #include <string.h>
 
+#if defined(MSE_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "isa.h"
 #include "model.h"
 
@@ -21,9 +27,26 @@ static bool has_avx512() {
 // F16C came before AVX2 in every processor that has AVX2; older compilers can't ask for it by name.
 static bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 #endif
+#if defined(MSE_AMX)
+// Linux gives the tiles' registers to processes that ask: once for all threads to come.
+static bool ask_for_amx() {
+  constexpr unsigned kTiles = 1u << 24, kBf16 = 1u << 22;
+  constexpr long kAsk = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kTiles) || !(d & kBf16)) return false;
+  return has_avx512() && syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
+}
+static bool has_amx() {
+  static const bool has = ask_for_amx();
+  return has;
+}
+#endif
 static bool always() { return true; }
 
 static const Choice kChoices[] = {
+#if defined(MSE_AMX)
+    {&kAmx, has_amx},
+#endif
 #if defined(MSE_X86)
     {&kAvx512, has_avx512},
     {&kAvx2, has_avx2},
@@ -44,7 +67,9 @@ const Kernels *find_kernels(const char *isa) {
 }  // namespace mse
 
 extern "C" const char *mse_isas(void) {
-#if defined(MSE_X86)
+#if defined(MSE_AMX)
+  return "amx,avx512,avx2,scalar";
+#elif defined(MSE_X86)
   return "avx512,avx2,scalar";
 #elif defined(MSE_NEON)
   return "neon,scalar";

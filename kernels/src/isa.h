@@ -20,16 +20,26 @@ struct Packed {
   int storage = 0;
 };
 
+// Storage of a matrix whose values are each split into three bf16 (project_amx.h): tiles of 32 values
+// of depth by 16 columns, [column pair][step of depth][part][2], zeros beyond K.
+constexpr int kSplit = 3;
+constexpr int kSplitStep = 32, kSplitColumns = 16;
+constexpr int kSplitRows = 32, kSplitDepth = 64;  // a block of rows stays in the first-level cache
+inline int split_steps(int K) { return (K + kSplitStep - 1) / kSplitStep; }
+
+constexpr int kChunk = 24;  // see Lstm; kSplitRows where the input's weights are split
+
 struct Lstm {
   // Units are interleaved so that one panel is the four gates of `lanes` neighbouring units.
-  Packed in;   // [4 Hp, d], bias b_ih + b_hh
+  Packed in;   // [4 Hp, d], bias b_ih + b_hh; f32 or split
   Packed rec;  // [4 Hp, H], always f32: it is read once per step, and 64 KB at most for H = 64
   int H = 0, Hp = 0, chunk = 0;  // chunk: steps whose gates are computed ahead of the recurrence
 };
 
 struct Kernels {
   const char *name;
-  int lanes, panel, group, rows;  // group: sequences per recurrence; rows: rows per GEMM tile
+  int lanes, panel, group;  // group: sequences per recurrence
+  int split_from;           // width of an LSTM's input from which its weights are split; 0: never
 
   // c [M, ldc] = x w^T + b for the panels first..last-1, written at their own columns.
   void (*linear)(const Packed &w, int first, int last, const float *x, size_t ldx, int M, float *c,
@@ -53,13 +63,17 @@ struct Kernels {
 
 // Floats of scratch that `lstm` needs.
 inline size_t lstm_scratch(const Lstm &w, int group) {
-  return static_cast<size_t>(group) * w.chunk * w.in.Np + 3u * static_cast<size_t>(group) * w.Hp;
+  const size_t rows = w.in.storage == kSplit ? 3 * kSplitRows * kSplitDepth / 2 : 0;
+  return static_cast<size_t>(group) * (static_cast<size_t>(w.chunk) * w.in.Np + 3u * w.Hp) + rows;
 }
 
 extern const Kernels kScalar;
 #if defined(MSE_X86)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+#endif
+#if defined(MSE_AMX)
+extern const Kernels kAmx;
 #endif
 #if defined(MSE_NEON)
 extern const Kernels kNeon;

@@ -8,9 +8,11 @@ namespace {
 #include "activations.h"
 #include "gemm.h"
 #include "fusion.h"
+#include "project.h"
 #include "lstm.h"
 }  // namespace
 
-extern const Kernels kAvx2 = {"avx2", W,    kPanel, kGroup, kRows,    linear,    lstm,      mean,
-                             finite, gelu, mix,    spread, activate, probe_mac, probe_read};
+extern const Kernels kAvx2 = {
+    "avx2", W, kPanel, kGroup, kSplitFrom, linear, lstm, mean,
+    finite, gelu, mix, spread, activate, probe_mac, probe_read};
 }  // namespace mse

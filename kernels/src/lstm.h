@@ -16,6 +16,7 @@ inline void units(const float *r, size_t panel, int H, int Hp, int q, float *con
     }
   }
   const float *p = r + q * panel;
+#pragma GCC unroll 4
   for (int k = 0; k < H; k++, p += kPanel) {
     V v[NB];
     MSE_UNROLL
@@ -98,6 +99,7 @@ int lstm(const Lstm &w, int nb, const float *const *x, const int64_t *len, float
          float *const *h_out) {
   const size_t state = static_cast<size_t>(kGroup) * w.Hp;
   float *gates = scratch + 3 * state;
+  const Projection project(w.in, gates + static_cast<size_t>(kGroup) * w.chunk * w.in.Np);
   State s = {scratch, scratch + state, scratch + 2 * state};
   for (size_t i = 0; i < 3 * state; i++) scratch[i] = 0.0f;
   for (int b = 0; b < nb; b++)
@@ -114,8 +116,7 @@ int lstm(const Lstm &w, int nb, const float *const *x, const int64_t *len, float
       const int c = more ? b + 1 : 0;
       const int64_t u0 = more ? t0 : t0 + w.chunk;
       float *own = gates + static_cast<size_t>(b) * w.chunk * w.in.Np;
-      panels<0>(w.in, 0, w.in.Np / kPanel, rows, D, n[b], own, w.in.Np, x[c] + u0 * D,
-                part(len[c], u0, w.chunk));
+      project.run(w.in, rows, n[b], own, x[c] + u0 * D, part(len[c], u0, w.chunk));
       if (!passed(own, w.in.Np, n[b]) && !finite(rows, static_cast<size_t>(n[b]) * D)) return b;
     }
     int t = 0;

@@ -39,7 +39,11 @@ template <class T> class Buffer {
     data_ = static_cast<T *>(::operator new(bytes, std::align_val_t{align_}));
     size_ = n;
 #if defined(__linux__)
-    if (align_ == kHugePage) madvise(data_, bytes, MADV_HUGEPAGE);  // a wish; refusal is fine
+    // Wishes; refusal is fine. Memory that malloc takes up again has small pages: they go first.
+    if (align_ == kHugePage) {
+      madvise(data_, bytes, MADV_DONTNEED);
+      madvise(data_, bytes, MADV_HUGEPAGE);
+    }
 #endif
     for (size_t i = 0; i < n; i++) data_[i] = T();
     return data_;

@@ -48,7 +48,8 @@ float rounded(float v, int storage) {
 
 void Matrix::shape(int N, int K, int panel, int storage) {
   const int Np = (N + panel - 1) / panel * panel;
-  const size_t n = static_cast<size_t>(Np) * K;
+  const int depth = storage == kSplit ? 3 * split_steps(K) * kSplitStep : K;
+  const size_t n = static_cast<size_t>(Np) * depth;
   if (storage == 0)
     packed.data = wide.reset(n);
   else
@@ -61,11 +62,25 @@ void Matrix::shape(int N, int K, int panel, int storage) {
 }
 
 void Matrix::set(int n, int k, float v, int panel) {
+  if (packed.storage == kSplit) return set_split(n, k, v);
   const size_t i = (static_cast<size_t>(n / panel) * packed.K + k) * panel + n % panel;
   if (packed.storage == 0)
     *wide.at(i) = v;
   else
     *half.at(i) = packed.storage == 1 ? to_f16(v) : to_bf16(v);
+}
+
+// A tile's row holds pairs of values of depth; those of a pair are half a step apart, since rows are
+// split fastest that way.
+void Matrix::set_split(int n, int k, float v) {
+  constexpr int kPairs = kSplitStep / 2;
+  const int column = n % kSplitColumns, tile = n / kSplitColumns, deep = k % kSplitStep;
+  const size_t step = static_cast<size_t>(tile / 2) * split_steps(packed.K) + k / kSplitStep;
+  for (int part = 0; part < 3; part++) {
+    const size_t row = ((step * 3 + part) * 2 + tile % 2) * kPairs + deep % kPairs;
+    *half.at((row * kSplitColumns + column) * 2 + deep / kPairs) = bits_of(v) >> 16;
+    v -= float_of(bits_of(v) & 0xffff0000u);
+  }
 }
 
 void pack_linear(Matrix *out, const float *w, const float *b, int N, int K, int panel,
@@ -80,9 +95,10 @@ void pack_linear(Matrix *out, const float *w, const float *b, int N, int K, int 
 void pack_lstm(LstmMatrices *out, const float *ih, const float *hh, const float *bih,
                const float *bhh, int dim, int hidden, const Kernels &k, int storage) {
   const int Hp = (hidden + k.lanes - 1) / k.lanes * k.lanes;
+  const bool split = k.split_from && dim >= k.split_from;
   // Both are read by every step or tile, from cache: rounding costs precision, not bandwidth, so
-  // they hold the rounded values as f32.
-  out->in.shape(4 * Hp, dim, k.panel, 0);
+  // they hold the rounded values as f32 (or what adds up to it).
+  out->in.shape(4 * Hp, dim, k.panel, split ? kSplit : 0);
   out->rec.shape(4 * Hp, hidden, k.panel, 0);
   for (int g = 0; g < 4; g++)
     for (int u = 0; u < hidden; u++) {
@@ -93,7 +109,7 @@ void pack_lstm(LstmMatrices *out, const float *ih, const float *hh, const float 
         out->rec.set(n, j, rounded(hh[static_cast<size_t>(row) * hidden + j], storage), k.panel);
       *out->in.bias.at(n) = bih[row] + bhh[row];
     }
-  out->lstm = {out->in.packed, out->rec.packed, hidden, Hp, 24 / k.rows * k.rows};
+  out->lstm = {out->in.packed, out->rec.packed, hidden, Hp, split ? kSplitRows : kChunk};
 }
 
 }  // namespace mse

@@ -20,6 +20,7 @@ struct Matrix {
   // Takes room for [N, K] (N rounded up to panels).
   void shape(int N, int K, int panel, int storage);
   void set(int n, int k, float v, int panel);
+  void set_split(int n, int k, float v);
   size_t bytes() const { return wide.bytes() + half.bytes() + bias.bytes(); }
 };
 

@@ -1,0 +1,18 @@
+#include <immintrin.h>
+
+#include "isa.h"
+
+namespace mse {
+namespace {
+#include "simd_avx512.h"
+#include "activations.h"
+#include "gemm.h"
+#include "fusion.h"
+#include "project_amx.h"
+#include "lstm.h"
+}  // namespace
+
+extern const Kernels kAmx = {
+    "amx", W, kPanel, kGroup, kSplitFrom, linear, lstm, mean,
+    finite, gelu, mix, spread, activate, probe_mac, probe_read};
+}  // namespace mse
