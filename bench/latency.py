@@ -10,7 +10,8 @@ Rows
   transformers      the same shape in PyTorch: inputs_embeds, torch adapter, generate
   after features    from the moment the features are ready; model loaded, text known; the published
                     layout also with llama.cpp's own product of Q4_0 weights, as raw llama.cpp
-  process, ...      a new process (file in the page cache), from its start to its end
+  process, ...      a new process, from its start to its end; just before, the model's file was read
+                    and as much free memory used (common.machine_ready)
 Ratios pair the samples of one turn.
 """
 
@@ -29,6 +30,7 @@ from common import (
     Writer,
     available_bytes,
     machine,
+    machine_ready,
     note,
     parse,
     parser,
@@ -167,6 +169,7 @@ def cold(pair: Pair, args: argparse.Namespace, write: Writer) -> None:
         save_npz(ready, features(load_bundle(pair.published)))
 
         def whole() -> float:
+            machine_ready(pair.pseudo_last)
             took, found = mse_run(
                 str(CLIP), TEXT, "--bundle", str(pair.pseudo_last), "--jsonl", *common
             )
@@ -176,11 +179,13 @@ def cold(pair: Pair, args: argparse.Namespace, write: Writer) -> None:
         def forgetful() -> float:
             for kept in (cache_dir() / kept_prefix.FOLDER).glob("*.kv"):
                 kept.unlink()
+            machine_ready(pair.pseudo_last)
             return mse_run(str(CLIP), TEXT, "--bundle", str(pair.pseudo_last), "--jsonl", *common)[
                 0
             ]
 
         def published() -> float:
+            machine_ready(pair.published)
             return mse_run(
                 "--features", str(ready), TEXT, "--bundle", str(pair.published), "--jsonl", *common
             )[0]
@@ -192,13 +197,18 @@ def cold(pair: Pair, args: argparse.Namespace, write: Writer) -> None:
             )[0]
 
         def first() -> float:
+            machine_ready(pair.published)
             ms = run(str(pair.published), threads, str(ready), TEXT, code=FIRST)[1]
             return float(ms["total"]) / 1e3
+
+        def loading() -> float:
+            machine_ready(pair.pseudo_last)
+            return run(str(pair.pseudo_last), threads, code=LOAD)[0]
 
         cases = {
             "process, clip to answer, nothing kept": forgetful,
             "process, clip to answer (pseudo-last)": whole,
-            "process, loading alone": lambda: run(str(pair.pseudo_last), threads, code=LOAD)[0],
+            "process, loading alone": loading,
             "process, features alone": feature_part,
             "process, features to answer (published)": published,
             "first answer after opening (published)": first,

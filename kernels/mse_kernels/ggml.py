@@ -113,8 +113,8 @@ def settle(folder: Path) -> str | None:
     if lib is None or other is None:
         return None
     rng = np.random.default_rng(0)
-    # 36 rows and 20, in more depth than a tile takes at once: every path of every kernel.
-    weights, activations = np.zeros((3, 19), WEIGHTS), np.zeros((9, 19), ACTIVATIONS)
+    # 68 rows and 20, in more depth than a tile takes at once: every path of every kernel.
+    weights, activations = np.zeros((3, 19), WEIGHTS), np.zeros((17, 19), ACTIVATIONS)
     weights["scale"] = rng.uniform(-0.02, 0.02, weights["scale"].shape)
     weights["values"] = rng.integers(0, 256, weights["values"].shape)
     activations["scale"] = rng.uniform(0, 0.02, activations["scale"].shape)
