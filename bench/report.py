@@ -60,7 +60,7 @@ def steps(shapes: Sequence[str], quick: bool, limit: int) -> list[Step]:
         Step("slopes.py", (*rest, "--seconds", "20")),
     ]
     if "llama2-7b" in shapes and not quick:
-        few = ("--quick", "--clips", "4", "--seconds", "20")
+        few = ("--clips", "4", "--seconds", "20")
         found.append(Step("throughput.py", ("--shapes", "llama2-7b", *few)))
     for shape in (shape for shape in shapes if shape not in claimed):
         where = ("--shapes", shape, "--peers", "", "--quick")
@@ -133,7 +133,7 @@ def measure(
 def main() -> None:
     made = parser(__doc__, shapes=("tiny", "qwen-1.8b", "llama2-7b", "chatglm3-6b"))
     made.add_argument("--from", dest="source", type=Path, help="records of an earlier run")
-    made.add_argument("--minutes", type=float, default=16, help="start no step after (default 16)")
+    made.add_argument("--minutes", type=float, default=18, help="start no step after (default 18)")
     made.add_argument("--to", type=Path, default=ROOT / "BENCHMARKS.md", help="the page to write")
     args = parse(made)
     source = args.source
