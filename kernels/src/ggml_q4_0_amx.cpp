@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kTile = 16, kParts = kTile / 4;
 // Of up to 64 rows, columns stay in the first-level cache from their unpacking to the sums: these
-// blocks at a time (20 rows: -12 %, 56: -7 %). Of more, each tile's start would cost what that saves.
+// blocks at a time. Of more, each tile's start would cost what that saves.
 constexpr int kFewTiles = 4, kDepth = 16;
 
 // Sixteen rows of activations in one block, and as many columns of weights times 16: a nibble in the
