@@ -127,9 +127,12 @@ class Layout:
         ready: list[float] = []
 
         def supply() -> None:
-            self._until_idle()
-            ready.append(time.perf_counter())
-            pending.set_result(self.features)
+            try:
+                self._until_idle()
+                ready.append(time.perf_counter())
+                pending.set_result(self.features)
+            except BaseException as error:
+                pending.set_exception(error)
 
         thread = threading.Thread(target=supply)
         thread.start()

@@ -111,8 +111,9 @@ class Analyzer(Loaded):
 
         def features_of() -> Features:
             # The way to the weights is Python, and so is the way to the clip: in turns both would
-            # take longer, and most clips are done before the weights are.
-            self._reading.wait()
+            # take longer, and most clips are done before the weights are. Not for long: on a first
+            # run the way leads through the probe's process.
+            self._reading.wait(1.0)
             from mse_runtime.features.extract import extract
 
             return extract(

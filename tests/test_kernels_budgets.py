@@ -133,8 +133,8 @@ def test_mean_rows(isa: str, shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dims", [(64, 177), (1024, 2048)])
-def test_input_projection(isa: str, dims: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("dims", "budget"), [((64, 177), 2e-7), ((1024, 2048), 4e-7)])
+def test_input_projection(isa: str, dims: tuple[int, int], budget: float) -> None:
     """Features of any scale, added up over a wide input; relative to max |pseudo|."""
     rng = np.random.default_rng(5)
     case = random_case(5, 3, (33, 50, 2), random_weights(5, *dims, (64, 48)), lengths="full")
@@ -143,7 +143,7 @@ def test_input_projection(isa: str, dims: tuple[int, int]) -> None:
     want = reference.forward(*case, dtype=np.float64)["pseudo"]
     with mse_kernels.open("cpu", case.weights, isa=isa) as kernel:
         got = kernel(*case.inputs)
-    assert np.abs(got - want).max() <= 5e-7 * np.abs(want).max()
+    assert np.abs(got - want).max() <= budget * np.abs(want).max()
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -25,7 +25,7 @@ struct Packed {
 constexpr int kSplit = 3;
 constexpr int kSplitStep = 32, kSplitColumns = 16;
 constexpr int kSplitRows = 32, kSplitDepth = 64;  // a block of rows stays in the first-level cache
-inline int split_steps(int K) { return (K + kSplitStep - 1) / kSplitStep; }
+static inline int split_steps(int K) { return (K + kSplitStep - 1) / kSplitStep; }
 
 constexpr int kChunk = 24;  // see Lstm; kSplitRows where the input's weights are split
 

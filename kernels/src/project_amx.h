@@ -2,8 +2,8 @@
 //
 // A float is the sum of three bf16 numbers, exactly: the upper, middle and lower eight bits of its
 // significand. Of the nine products of two such sums the six largest are added up in f32; what is
-// left out is about 2^-24 of the product. One instruction multiplies 16 rows by 16 columns by 32
-// values of depth, so that six of them take far less time than f32 vectors.
+// left out is about 2^-24 of the product, and 2^-21 at most. One instruction multiplies 16 rows by
+// 16 columns by 32 values of depth, so that six of them take far less time than f32 vectors.
 //
 // As in gemm.h, each output is one chain of operations whatever the rows beside it.
 
