@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import platform
+import shutil
+import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +47,21 @@ def detgen(seed: int, shape: list[int], scale: float = 1.0) -> F32:
         z = z ^ (z >> np.uint64(31))
     unit = (z >> np.uint64(40)).astype(np.float64) * 2.0**-23 - 1.0
     return (unit.astype(np.float32) * np.float32(scale)).reshape(shape)
+
+
+def cxx() -> str | None:
+    """A C++ compiler of this machine."""
+    return shutil.which("g++") or shutil.which("clang++")
+
+
+def builds_tiles() -> bool:
+    """Whether a build here has the tiles of AMX: the assembler must know them (CMakeLists.txt)."""
+    found = cxx()
+    if found is None or platform.system() != "Linux" or platform.machine() != "x86_64":
+        return False
+    source = 'int main() { asm volatile("tilerelease; tdpbf16ps %tmm1, %tmm2, %tmm0"); }'
+    command = [found, "-x", "c++", "-c", "-", "-o", "/dev/null"]
+    return subprocess.run(command, input=source, text=True, capture_output=True).returncode == 0
 
 
 def golden_cases() -> list[str]:

@@ -7,7 +7,6 @@ without a GPU. It proves nothing about a GPU's speed or memory ordering.
 from __future__ import annotations
 
 import ctypes
-import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from kernel_cases import cxx
 
 from mse_kernels._driver import Graph
 
@@ -29,7 +29,7 @@ GUARD = 1024
 
 def build_emulation(folder: Path, *flags: str) -> ctypes.CDLL:
     """Compile kernels/checks into `folder`; the test is skipped where there is no compiler."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
+    compiler = cxx()
     if compiler is None:
         pytest.skip("no C++ compiler")
     out = folder / "libemulation.so"

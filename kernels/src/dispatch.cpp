@@ -3,8 +3,8 @@
 
 #if defined(MSE_AMX)
 #include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+
+#include "amx.h"
 #endif
 
 #include "isa.h"
@@ -28,13 +28,11 @@ static bool has_avx512() {
 static bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 #endif
 #if defined(MSE_AMX)
-// Linux gives the tiles' registers to processes that ask: once for all threads to come.
 static bool ask_for_amx() {
   constexpr unsigned kTiles = 1u << 24, kBf16 = 1u << 22;
-  constexpr long kAsk = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kTiles) || !(d & kBf16)) return false;
-  return has_avx512() && syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
+  return has_avx512() && may_use_tiles();
 }
 static bool has_amx() {
   static const bool has = ask_for_amx();

@@ -1,9 +1,8 @@
 // The product with int8 tiles (Intel AMX): 16 rows by 16 columns by 32 values of depth in one
 // instruction, a block of Q4_0. Sums of a block leave the tile as integers and are scaled in vectors.
 #include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
+#include "amx.h"
 #include "ggml_q4_0.h"
 
 namespace mse_ggml {
@@ -25,20 +24,7 @@ struct TileColumns {
   float scale[kTile];
 };
 
-struct Config {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-static_assert(sizeof(Config) == 64, "as the processor wants it");
-
-// Intrinsics of GCC 12 do not tell what memory they read, and their tile configuration is optimised
-// away; these do. Tiles: 0, 1 sums of 16 rows, 2 of the rest; 3, 4 rows, 5 the rest; 6, 7 columns.
-#define MSE_CONFIGURE(config) asm volatile("ldtilecfg %0" ::"m"(config))
-#define MSE_LOAD(t, from, stride) \
-  asm volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"(from), "r"(static_cast<long>(stride)) : "memory")
-#define MSE_STORE(t, to) \
-  asm volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(to), "r"(64L) : "memory")
+// Tiles: 0, 1 sums of 16 rows, 2 of the rest; 3, 4 rows, 5 the rest; 6, 7 columns.
 #define MSE_DOT(sum, rows, columns)           \
   asm volatile("tilezero %%tmm" #sum "\n\t"   \
                "tdpbssd %%tmm" #columns ", %%tmm" #rows ", %%tmm" #sum ::)
@@ -101,15 +87,15 @@ inline void two_blocks(const TileRows *a, const TileColumns *w, int32_t (*dots)[
     MSE_LOAD(4, a[1].values, kBlock);
     MSE_DOT(0, 3, 6);
     MSE_DOT(1, 4, 7);
-    MSE_STORE(0, dots[0]);
-    MSE_STORE(1, dots[1]);
+    MSE_STORE(0, dots[0], 64);
+    MSE_STORE(1, dots[1], 64);
   } else {
     MSE_LOAD(5, a[0].values, kBlock);
     MSE_DOT(2, 5, 6);
-    MSE_STORE(2, dots[0]);
+    MSE_STORE(2, dots[0], 64);
     MSE_LOAD(5, a[1].values, kBlock);
     MSE_DOT(2, 5, 7);
-    MSE_STORE(2, dots[1]);
+    MSE_STORE(2, dots[1], 64);
   }
 }
 
@@ -157,10 +143,7 @@ int tiles_of(int n_rows) { return (n_rows + kTile - 1) / kTile; }
 
 }  // namespace
 
-bool amx_allowed() {
-  constexpr long kAsk = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM: for the whole process
-  return syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
-}
+bool amx_allowed() { return may_use_tiles(); }
 
 size_t amx_scratch(int n, int n_rows) {
   const size_t blocks = n / kBlock;
@@ -180,8 +163,8 @@ void amx_int8(int n, float *out, size_t stride, const void *weights, const void 
       rows_of(a + static_cast<size_t>(g) * blocks, count, blocks, b,
               rows + static_cast<size_t>(t) * blocks + b);
     }
-  Config before, ours;
-  asm volatile("sttilecfg %0" : "=m"(before));  // llama.cpp configures its own once for a thread
+  TileConfig before, ours;
+  MSE_CONFIGURATION(before);
   const int rest = n_rows % kTile;
   for (int t = 0; t < 8; t++) {
     ours.rows[t] = static_cast<uint8_t>(t > 5 ? kBlock / 4 : t == 2 || t == 5 ? rest + !rest : kTile);

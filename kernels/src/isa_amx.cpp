@@ -1,5 +1,6 @@
 #include <immintrin.h>
 
+#include "amx.h"
 #include "isa.h"
 
 namespace mse {

@@ -12,20 +12,7 @@ constexpr int kSplitFrom = 64;
 constexpr int kTile = kSplitColumns;  // of rows, too
 constexpr int kValues = kTile * kSplitStep;
 
-struct TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-static_assert(sizeof(TileConfig) == 64, "as the processor wants it");
-
-// Intrinsics of GCC 12 do not tell what memory they read, and their tile configuration is optimised
-// away; these do. Tiles: 0 .. 3 sums (two tiles of rows by two of columns), 4, 5 rows, 6, 7 columns.
-#define MSE_CONFIGURE(config) asm volatile("ldtilecfg %0" ::"m"(config))
-#define MSE_LOAD(t, from, stride) \
-  asm volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"(from), "r"(static_cast<long>(stride)) : "memory")
-#define MSE_STORE(t, to, stride) \
-  asm volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(to), "r"(static_cast<long>(stride)) : "memory")
+// Tiles: 0 .. 3 sums (two tiles of rows by two of columns), 4, 5 rows, 6, 7 columns.
 #define MSE_DOT(sum, rows, columns) \
   asm volatile("tdpbf16ps %%tmm" #columns ", %%tmm" #rows ", %%tmm" #sum ::)
 
@@ -120,14 +107,13 @@ inline void tiles(const uint16_t *a, const uint16_t *b, int steps, const float *
   }
 }
 
-// Holds the tiles' configuration of this thread while it lives, and gives the one before back:
-// llama.cpp sets its own once for a thread.
+// Holds the tiles' configuration of this thread while it lives, and gives the one before back.
 class Projection {
  public:
   Projection(const Packed &p, float *scratch)
       : tiles_(p.storage == kSplit), rows_(reinterpret_cast<uint16_t *>(scratch)) {
     if (!tiles_) return;
-    asm volatile("sttilecfg %0" : "=m"(before_));
+    MSE_CONFIGURATION(before_);
     const TileConfig ours;
     MSE_CONFIGURE(ours);
   }
