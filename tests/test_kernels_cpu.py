@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -118,6 +119,25 @@ def test_same_bits_for_any_threads_and_batch(isa: str, storage: str) -> None:
         for b in (0, 13, 69):
             alone = kernel(*(v[b : b + 1] for v in case.inputs))
             np.testing.assert_array_equal(alone[0], got[b])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("storage", ["f32", "bf16"])
+def test_text_that_recurrences_take_along(isa: str, storage: str) -> None:
+    """One sample on one thread: the text in slices, of which steps fetch none, some or all."""
+    weights = random_weights(3, 13, 70, (64, 33), 1500)
+    case = random_case(3, 8, (300, 90, 60), weights)
+    case.audio_len[:] = (300, 0, 3, 60, 150, 0, 300, 25)
+    case.video_len[:] = (90, 0, 2, 1, 0, 90, 33, 64)
+    case.text_len[:] = (60, 60, 60, 21, 22, 60, 0, 1)
+    together = run(case, 2, storage, isa)
+    with mse_kernels.open("cpu", case.weights, 1, storage, isa) as kernel:
+        for b in range(8):
+            alone = kernel(*(v[b : b + 1] for v in case.inputs))
+            np.testing.assert_array_equal(alone[0], together[b])
+        case.text[0, 59, 7] = np.inf
+        with pytest.raises(mse_kernels.InputError, match=re.escape("text[0, 59, 7] is not finite")):
+            kernel(*(v[:1] for v in case.inputs))
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Linux only")

@@ -35,16 +35,22 @@ class Batch(NamedTuple):
         )
 
 
+_F32, _I64 = np.dtype(np.float32), np.dtype(np.int64)
+
+
+def _plain(value: np.ndarray[Any, Any]) -> bool:
+    # Before `np.require`, which takes microseconds to find out that nothing is to be done.
+    flags = value.flags
+    return flags.c_contiguous and flags.aligned
+
+
 def _rows(name: str, value: Any, dim: int) -> F32:
-    if not isinstance(value, np.ndarray) or value.dtype != np.float32:
+    if not isinstance(value, np.ndarray) or value.dtype != _F32:
         kind = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
         raise InputError(f"{name} is {kind}; pass a float32 array [B, T, {dim}]")
     if value.ndim != 3 or value.shape[2] != dim:
         raise InputError(f"{name} has shape {value.shape}, expected [B, T, {dim}]")
-    flags = value.flags
-    if flags.c_contiguous and flags.aligned and value.dtype.isnative:
-        return value
-    return np.require(value, np.float32, ["C", "A"])
+    return value if _plain(value) else np.require(value, np.float32, ["C", "A"])
 
 
 def _lengths(name: str, value: Any, batch: int) -> I64:
@@ -53,6 +59,8 @@ def _lengths(name: str, value: Any, batch: int) -> I64:
         raise InputError(
             f"{name}_len is {array.dtype} {array.shape}; pass integers of shape ({batch},)"
         )
+    if array.dtype == _I64 and _plain(array):
+        return array
     return np.require(array, np.int64, ["C", "A"])
 
 

@@ -79,7 +79,7 @@ int32_t mse_mean_rows(const char *isa, const float *rows, int64_t n, int32_t D, 
   const mse::Kernels *k = find_kernels(isa);
   if (!k) return MSE_BAD_ISA;
   if ((!rows && n > 0) || !out || n < 0 || D < 1) return MSE_BAD_ARGUMENT;
-  return k->mean(rows, n, D, out) ? MSE_OK : MSE_NOT_FINITE;
+  return mse::mean(*k, rows, n, D, out) ? MSE_OK : MSE_NOT_FINITE;
 }
 
 int64_t mse_probe_mac(const char *isa, int64_t rounds) {

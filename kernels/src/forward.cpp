@@ -2,6 +2,7 @@
 //   1. recurrences (a few sequences of one modality each) and text knowledge (a tile of samples)
 //   2. mixer and experts (a tile)
 //   3. the projector (a tile and a range of panels)
+// One sample on one thread has its first round in one piece (Text).
 // Which tasks there are depends on the number of threads; what a sample's numbers are doesn't, since
 // every output is one chain of operations in a fixed order (gemm.h, lstm.h).
 
@@ -56,7 +57,7 @@ struct mse_block {
     }
   }
 
-  void recur(int m, int g, int worker) {
+  void recur(int m, int g, int worker, mse::Aside *aside) {
     const mse::Lstm &w = h.lstm_[m].lstm;
     const float *x[16];
     float *to[16];
@@ -69,8 +70,17 @@ struct mse_block {
       len[i] = (m ? in.video_len : in.audio_len)[base + s];
       to[i] = h.hidden_[m].at(static_cast<size_t>(s) * w.Hp);
     }
-    const int wrong = h.k.lstm(w, count, x, len, h.recur_.at(h.recur_size_ * worker), to);
+    const int wrong = h.k.lstm(w, count, x, len, h.recur_.at(h.recur_size_ * worker), to, aside);
     if (wrong >= 0) report(m, order[m][from + wrong]);
+  }
+
+  static int value_bytes(const mse::Packed &w) { return w.storage ? 2 : 4; }
+  // One panel alone: its columns land at the start of an output.
+  mse::Packed panel(mse::Packed w, int q) const {
+    w.data = static_cast<const char *>(w.data) +
+             static_cast<size_t>(q) * w.K * h.k.panel * value_bytes(w);
+    w.bias += q * h.k.panel;
+    return w;
   }
 
   void dense(const mse::Matrix &w, const float *x, size_t ldx, int from, int count, float *to) {
@@ -82,7 +92,7 @@ struct mse_block {
     const int D = h.dims_.width, from = t * tile, count = std::min(tile, n - from);
     for (int i = from; i < from + count; i++) {
       const float *rows = in.text + (base + i) * in.text_steps * D;
-      if (!h.k.mean(rows, in.text_len[base + i], D, h.mean_.at(static_cast<size_t>(i) * D)))
+      if (!mse::mean(h.k, rows, in.text_len[base + i], D, h.mean_.at(static_cast<size_t>(i) * D)))
         report(2, i);
     }
     dense(h.text_, h.mean_.get(), D, from, count, h.know_.get());
@@ -104,20 +114,103 @@ struct mse_block {
   void project(int t, int part, int worker) {
     const int from = t * tile, count = std::min(tile, n - from);
     const mse::Packed &w = h.up_.packed;
-    const int panel = h.k.panel, panels = w.Np / panel, D = h.dims_.width, P = h.dims_.n_pseudo;
+    const int wide = h.k.panel, panels = w.Np / wide, D = h.dims_.width, P = h.dims_.n_pseudo;
     const size_t mix = h.text_.packed.Np;
-    float *u = h.panel_.at(static_cast<size_t>(worker) * kTile * panel);
+    float *u = h.panel_.at(static_cast<size_t>(worker) * kTile * wide);
     for (int q = panels * part / parts; q < panels * (part + 1) / parts; q++) {
-      mse::Packed one = w;  // this panel alone, so that its columns land at the start of u
-      one.data = static_cast<const char *>(w.data) +
-                 static_cast<size_t>(q) * w.K * panel * (w.storage ? 2 : 4);
-      one.bias = w.bias + q * panel;
-      h.k.linear(one, 0, 1, h.fused_.at(from * mix), mix, count, u, panel);
-      const int columns = std::min(panel, D - q * panel);
+      h.k.linear(panel(w, q), 0, 1, h.fused_.at(from * mix), mix, count, u, wide);
+      const int columns = std::min(wide, D - q * wide);
       for (int i = 0; i < count; i++)
-        h.k.spread(u + i * panel, columns, h.slope_.get(), h.shift_.get(), P,
-                   out + (base + from + i) * P * D + q * panel, D);
+        h.k.spread(u + i * wide, columns, h.slope_.get(), h.shift_.get(), P,
+                   out + (base + from + i) * P * D + q * wide, D);
     }
+  }
+
+  // What `know` does, for one sample and in slices that the recurrences take along. Text is 5 MB read
+  // once, more than the second-level cache holds, and the recurrences compute for as long as that takes
+  // without reading memory. What comes after the text is only asked for, since it waits for them.
+  // (Several samples share one pass over the weights, and several threads read while others compute.)
+  class Text : public mse::Aside {
+   public:
+    explicit Text(mse_block &block)
+        : b_(block), h_(block.h), w_(h_.text_.packed),
+          rows_(std::max(1, kSlice / (w_.K * static_cast<int>(sizeof(float))))),
+          depth_(std::max(1, kSlice / (h_.k.panel * value_bytes(w_)))) {
+      turn = [](mse::Aside *self) { static_cast<Text *>(self)->next(); };
+      // Steps too few to fetch most of the text at their full pace do so at twice the rate.
+      int64_t within = 0;
+      for (int m = 0; m < 2; m++) {
+        const mse::Lstm &lstm = h_.lstm_[m].lstm;
+        const int64_t lines = static_cast<int64_t>(lstm.H) * lstm.Hp / h_.k.lanes / 4;
+        within += (m ? b_.in.video_len : b_.in.audio_len)[b_.base] * lines * mse::kLine;
+      }
+      const int64_t bytes = static_cast<int64_t>(h_.text_.bytes()) + len() * w_.K * 4;
+      every = within < bytes / 4 * 3 ? 1 : 2;
+      std::fill_n(h_.mean_.get(), w_.K, 0.0f);  // stays so without rows
+      ask();
+    }
+    void finish() {
+      while (panel_ * h_.k.panel < w_.Np) next();
+    }
+
+   private:
+    static constexpr int kSlice = 1 << 17;
+
+    int64_t len() const { return b_.in.text_len[b_.base]; }
+    const float *row() const { return b_.in.text + (b_.base * b_.in.text_steps + row_) * w_.K; }
+    int64_t rows() const { return std::min<int64_t>(rows_, len() - row_); }
+    float *sums() const { return h_.know_.at(panel_ * h_.k.panel); }
+    // Some depth of one panel, which goes on with the sums of the depth before.
+    mse::Packed part() const {
+      mse::Packed p = b_.panel(w_, panel_);
+      p.data = static_cast<const char *>(p.data) +
+               static_cast<size_t>(k_) * h_.k.panel * value_bytes(w_);
+      p.K = std::min(depth_, w_.K - k_);
+      if (k_) p.bias = sums();
+      return p;
+    }
+
+    void next() {
+      if (row_ < len()) {
+        h_.k.add_rows(row(), rows(), w_.K, h_.mean_.get());
+        row_ += rows();
+        if (row_ == len() && !h_.k.average(len(), w_.K, h_.mean_.get())) b_.report(2, 0);
+      } else if (panel_ * h_.k.panel < w_.Np) {
+        h_.k.linear(part(), 0, 1, h_.mean_.at(k_), w_.K, 1, sums(), w_.Np);
+        k_ += depth_;
+        if (k_ >= w_.K) k_ = 0, panel_++;
+      } else {
+        later_++;
+      }
+      ask();
+    }
+    void ask() {
+      if (row_ < len()) return ask(row(), static_cast<size_t>(rows()) * w_.K * sizeof(float));
+      if (panel_ * h_.k.panel < w_.Np) {
+        const mse::Packed p = part();
+        return ask(p.data, static_cast<size_t>(p.K) * h_.k.panel * value_bytes(p));
+      }
+      const mse::Matrix *const later[] = {&h_.lin_[0], &h_.lin_[1], &h_.first_, &h_.second_};
+      if (later_ < 4) return ask(later[later_]->packed.data, later[later_]->bytes());
+      ask(nullptr, 0);
+    }
+    void ask(const void *from, size_t bytes) {
+      at = static_cast<const char *>(from);
+      end = at + bytes;
+    }
+
+    mse_block &b_;
+    mse_handle &h_;
+    const mse::Packed &w_;
+    const int rows_, depth_;  // of a slice
+    int64_t row_ = 0;
+    int panel_ = 0, k_ = 0, later_ = 0;
+  };
+  void alone() {
+    Text text(*this);
+    recur(0, 0, 0, &text);
+    recur(1, 0, 0, &text);
+    text.finish();
   }
 
   // Text tiles are spread among the audio recurrences: they wait for memory while the others
@@ -125,11 +218,11 @@ struct mse_block {
   static void first_round(void *self, int task, int worker) {
     auto &b = *static_cast<mse_block *>(self);
     const int mixed = b.groups + b.tiles;
-    if (task >= mixed) return b.recur(1, task - mixed, worker);
+    if (task >= mixed) return b.recur(1, task - mixed, worker, nullptr);
     const auto texts_before = [&](int i) { return (i * b.tiles + mixed / 2) / mixed; };
     const int texts = texts_before(task);
     if (texts_before(task + 1) > texts) return b.know(texts);
-    b.recur(0, task - texts, worker);
+    b.recur(0, task - texts, worker, nullptr);
   }
   static void second_round(void *self, int task, int) { static_cast<mse_block *>(self)->fuse(task); }
   static void third_round(void *self, int task, int worker) {
@@ -173,7 +266,10 @@ int mse_handle::forward(const mse_inputs &in, float *out, int64_t where[4]) {
   std::lock_guard<std::mutex> lock(busy_);
   for (int64_t base = 0; base < in.batch; base += kBlock) {
     mse_block block(*this, in, out, base, static_cast<int>(std::min<int64_t>(kBlock, in.batch - base)));
-    pool_.run(mse_block::first_round, &block, 2 * block.groups + block.tiles);
+    if (block.n == 1 && pool_.threads() == 1)
+      block.alone();
+    else
+      pool_.run(mse_block::first_round, &block, 2 * block.groups + block.tiles);
     for (int m = 0; m < 3; m++) {
       const int64_t sample = base + block.bad[m].load();
       if (block.bad[m].load() == kBlock) continue;

@@ -18,11 +18,8 @@ bool finite(const float *x, size_t n) {
 
 // Rows are read four at a time, each from end to end: the sums stay in the first-level cache, and
 // memory sees a few long streams. Every column is one chain of additions in the order of the rows.
-bool mean(const float *rows, int64_t n, int D, float *out) {
-  const float scale = n > 0 ? 1.0f / static_cast<float>(n) : 0.0f;
-  const V zero = set1(0.0f), factor = set1(scale);
+void add_rows(const float *rows, int64_t n, int D, float *out) {
   const int wide = D / W * W;
-  for (int d = 0; d < D; d++) out[d] = 0.0f;
   int64_t t = 0;
   for (; t + 4 <= n; t += 4) {
     const float *a = rows + t * D, *b = a + D, *c = b + D, *e = c + D;
@@ -39,6 +36,12 @@ bool mean(const float *rows, int64_t n, int D, float *out) {
     for (; d < wide; d += W) store(out + d, add(load(out + d), load(a + d)));
     for (; d < D; d++) out[d] += a[d];
   }
+}
+
+bool average(int64_t n, int D, float *out) {
+  const float scale = n > 0 ? 1.0f / static_cast<float>(n) : 0.0f;
+  const V zero = set1(0.0f), factor = set1(scale);
+  const int wide = D / W * W;
   V bad = zero;
   float rest = 0.0f;
   int d = 0;

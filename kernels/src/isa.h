@@ -36,6 +36,15 @@ struct Lstm {
   int H = 0, Hp = 0, chunk = 0;  // chunk: steps whose gates are computed ahead of the recurrence
 };
 
+// Work that a recurrence of one sequence takes along, slice by slice.
+struct Aside {
+  const char *at = nullptr, *end = nullptr;  // of the slice's memory, what is not yet asked for
+  void (*turn)(Aside *) = nullptr;           // all of it was: computes with it, and sets the next
+  // Values of the recurrence's depth for one line asked for, 1 or 2. With 1, lines on their way hold up
+  // the recurrent weights, since the first-level cache waits for so many at a time only.
+  int every = 2;
+};
+
 struct Kernels {
   const char *name;
   int lanes, panel, group;  // group: sequences per recurrence
@@ -45,11 +54,13 @@ struct Kernels {
   void (*linear)(const Packed &w, int first, int last, const float *x, size_t ldx, int M, float *c,
                  size_t ldc);
   // nb sequences by falling length, h_out [nb][Hp] (zeros for length 0). Returns the number of the
-  // first sequence with a non-finite frame, or -1.
+  // first sequence with a non-finite frame, or -1. aside: null, or what one sequence takes along.
   int (*lstm)(const Lstm &w, int nb, const float *const *x, const int64_t *len, float *scratch,
-              float *const *h_out);
-  // Mean of n rows of D; false if one is not finite. D columns are written.
-  bool (*mean)(const float *rows, int64_t n, int D, float *out);
+              float *const *h_out, Aside *aside);
+  // out [D] += n rows of D, one after the other.
+  void (*add_rows)(const float *rows, int64_t n, int D, float *out);
+  // out [D] from the sum of n rows to their mean; false if a row was not finite.
+  bool (*average)(int64_t n, int D, float *out);
   bool (*finite)(const float *x, size_t n);
   void (*gelu)(float *x, size_t n);
   void (*mix)(const float *k, const float *a, const float *v, float *z, size_t n);  // k a + k v
@@ -60,6 +71,13 @@ struct Kernels {
   int64_t (*probe_mac)(int64_t rounds);
   float (*probe_read)(const float *x, size_t n);
 };
+
+// Mean of n rows of D; false if one is not finite.
+inline bool mean(const Kernels &k, const float *rows, int64_t n, int D, float *out) {
+  for (int d = 0; d < D; d++) out[d] = 0.0f;
+  k.add_rows(rows, n, D, out);
+  return k.average(n, D, out);
+}
 
 // Floats of scratch that `lstm` needs.
 inline size_t lstm_scratch(const Lstm &w, int group) {

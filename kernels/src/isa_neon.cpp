@@ -13,6 +13,6 @@ namespace {
 }  // namespace
 
 extern const Kernels kNeon = {
-    "neon", W, kPanel, kGroup, kSplitFrom, linear, lstm, mean,
-    finite, gelu, mix, spread, activate, probe_mac, probe_read};
+    "neon", W, kPanel, kGroup, kSplitFrom, linear, lstm, add_rows,
+    average, finite, gelu, mix, spread, activate, probe_mac, probe_read};
 }  // namespace mse

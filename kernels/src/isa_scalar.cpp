@@ -14,6 +14,6 @@ namespace {
 }  // namespace
 
 extern const Kernels kScalar = {
-    "scalar", W, kPanel, kGroup, kSplitFrom, linear, lstm, mean,
-    finite, gelu, mix, spread, activate, probe_mac, probe_read};
+    "scalar", W, kPanel, kGroup, kSplitFrom, linear, lstm, add_rows,
+    average, finite, gelu, mix, spread, activate, probe_mac, probe_read};
 }  // namespace mse
