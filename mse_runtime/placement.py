@@ -155,6 +155,7 @@ def plan(
     else:
         chosen = count if n_gpu_layers < 0 else min(n_gpu_layers, count)
     from mse_runtime.backbone.loading import copied_pages, copies_weights
+    from mse_runtime.backbone.repack import output_stays_mapped
 
     repacks = extra_bufts and not low_memory
     mapped = not copies_weights(gguf, repacks)
@@ -186,11 +187,13 @@ def plan(
     table = 0
     if copied_pages(gguf, repacks, chosen) is not None:
         kept = "copied from the mapped file"
-        if not sizes.tied:
-            # The table is not copied, but mapped with the rest while that is; what comes later
-            # takes its place.
-            weights_ram -= sizes.embedding
-            table = max(0, sizes.embedding - sum(item.ram for item in later))
+        # What is not copied is mapped with the rest while that is; what comes later takes its
+        # place.
+        stays = output_stays_mapped(gguf)
+        left = sizes.embedding if stays or not sizes.tied else 0
+        left += sizes.output if stays else 0
+        weights_ram -= left
+        table = max(0, left - sum(item.ram for item in later))
     items = (
         Item("program", (_rss() if program is None else program) + LIBRARIES),
         Item(
@@ -199,7 +202,7 @@ def plan(
             sum(sizes.weights[i] for i in on_gpu),
             f"{sizes.weights[0] / MB:.1f} MB a layer, {kept}",
         ),
-        Item("embedding table", table, note="mapped while the weights are copied"),
+        Item("embedding, output", table, note="mapped while the weights are copied"),
         *later,
         Item("features", features),
         Item("GPU margin", 0, GPU_MARGIN if chosen else 0),
@@ -215,6 +218,7 @@ class _Sizes:
         self.weights = [0] * (self.n_layer + 1)
         self.embedding = gguf.tensors["token_embd.weight"].size
         self.tied = "output.weight" not in gguf.tensors
+        self.output = 0 if self.tied else gguf.tensors["output.weight"].size
         for name, info in gguf.tensors.items():
             if match := _LAYER.match(name):
                 self.weights[min(int(match[1]), self.n_layer)] += info.size

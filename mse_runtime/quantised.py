@@ -78,6 +78,7 @@ def _held_type(bundle: Bundle, source: Path) -> str:
 
 def _quantise(source: Path, target: Path, file_type: int, threads: int) -> None:
     from mse_runtime.backbone import library
+    from mse_runtime.backbone.reports import log_errors, log_mark
 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +99,7 @@ def _quantise(source: Path, target: Path, file_type: int, threads: int) -> None:
     parameters.nthread = threads
     parameters.allow_requantize = True
     partial = target.with_name(target.name + ".partial")
-    mark = library.log_mark()
+    mark = log_mark()
     failed = lib.llama_model_quantize(
         str(source).encode(), str(partial).encode(), ctypes.byref(parameters)
     )
@@ -106,6 +107,6 @@ def _quantise(source: Path, target: Path, file_type: int, threads: int) -> None:
         partial.unlink(missing_ok=True)
         raise BackboneError(
             f"llama.cpp could not quantise {source.name}: "
-            f"{library.log_errors(mark) or 'no reason was given'}. Compare another type."
+            f"{log_errors(mark) or 'no reason was given'}. Compare another type."
         )
     partial.replace(target)

@@ -13,10 +13,10 @@ import pytest
 from make_fixtures import toy_gguf
 
 from mse_runtime.backbone import Backbone, loading
-from mse_runtime.backbone.mapped import _STEP, CopiedPages
+from mse_runtime.backbone.mapped import STEP, CopiedPages
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="no Linux")
-SIZE = 3 * _STEP
+SIZE = 48 << 20
 
 
 def resident(path: Path) -> int:
@@ -37,21 +37,17 @@ def big(tmp_path: Path) -> Path:
     return path
 
 
-def test_pages_are_given_back_in_steps_and_still_there(big: Path) -> None:
+def test_pages_are_given_back_and_still_there(big: Path) -> None:
     pages = CopiedPages.of(big)
     assert pages is not None
     with big.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         expected = mapped[:]
         assert resident(big) == SIZE
-        pages.progress(0.0)
+        pages.give_back()
         assert resident(big) == 0
         assert mapped[: SIZE // 2] == expected[: SIZE // 2]
-        pages.progress(0.2)  # less than a step: not worth the calls
         assert resident(big) >= SIZE // 2
-        pages.progress(0.5)
-        assert resident(big) == 0
-        assert mapped[:] == expected
-        pages.progress(1.0)
+        pages.give_back()
         assert resident(big) == 0
         assert mapped[:] == expected
 
@@ -68,7 +64,7 @@ def test_pages_that_may_differ_from_the_file_are_left_alone(big: Path, tmp_path:
         assert unrelated[0] == ord("x")
         pages = CopiedPages.of(big)
         assert pages is not None
-        pages.progress(1.0)
+        pages.give_back()
         assert own[:4] == b"mine"
         assert resident(other) == 4096
 
@@ -145,7 +141,7 @@ def test_the_peak_is_not_the_file_and_its_copy(tmp_path: Path) -> None:
     path = toy_gguf(tmp_path / "m.gguf", "llama", n_embd=1024, n_layer=24, n_head=8, n_ff=2816,
                     dtype="q4_0")  # fmt: skip
     size = path.stat().st_size
-    assert size > 3 * _STEP
+    assert size > 3 * STEP
     code = (
         "import sys\n"
         "from mse_runtime.backbone import Backbone\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,17 +67,46 @@ def test_a_processor_with_amx_takes_it_too(
 
 
 @ours
-def test_nothing_is_overridden_without_need(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("amx", [True, False])
+def test_layers_are_repacked_and_the_output_matrix_stays(
+    amx: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lib = library.load()
-    with Gguf.open(toy_gguf(tmp_path / "m.gguf", "llama", dtype="q4_0")) as gguf:
-        monkeypatch.setattr(cpu, "has_amx", lambda: False)
-        assert repack.repacked_q4_0(lib, gguf) is None
-        monkeypatch.setattr(cpu, "has_amx", lambda: True)
+    monkeypatch.setattr(cpu, "has_amx", lambda: amx)
+    lib, path = library.load(), toy_gguf(tmp_path / "m.gguf", "llama", dtype="q4_0")
+    with Gguf.open(path) as gguf:
         assert repack.repacked_q4_0(lib, gguf) is not None
+        assert repack.output_stays_mapped(gguf)
+        output = gguf.tensors["output.weight"].size
+        whole = sum(info.size for info in gguf.tensors.values())
+    with Backbone.open(path, threads=1, extra_bufts=True) as backbone:
+        buffers = backbone.info["buffers_mib"]
+        assert {name for name in buffers if name.endswith(" model")} == {
+            "CPU_REPACK model", "CPU_Mapped model",
+        }  # fmt: skip
+        assert 0 < buffers["CPU_REPACK model"] * 2**20 < whole - output
+    with Gguf.open(path) as gguf:
         monkeypatch.setattr(library, "q4_0_product", lambda: "llama.cpp")
         assert repack.repacked_q4_0(lib, gguf) is None
+        assert not repack.output_stays_mapped(gguf)
+
+
+@ours
+def test_llama_cpp_looks_after_what_is_not_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another type in a layer, or an output matrix whose product is not all: its own choice."""
+    lib = library.load()
+    with Gguf.open(toy_gguf(tmp_path / "m.gguf", "llama", dtype="q4_0")) as gguf:
+        with monkeypatch.context() as patch:
+            patch.setitem(gguf.metadata, "llama.logit_scale", 2.0)
+            assert not repack.output_stays_mapped(gguf)
+        name = "blk.0.ffn_down.weight"
+        other = replace(gguf.tensors[name], type="Q4_1")
+        monkeypatch.setitem(gguf.tensors, name, other)
+        assert not repack.output_stays_mapped(gguf)
+        for amx in (True, False):
+            monkeypatch.setattr(cpu, "has_amx", lambda amx=amx: amx)
+            assert (repack.repacked_q4_0(lib, gguf) is not None) == amx
 
 
 def test_a_llama_cpp_without_that_list_chooses_itself() -> None:

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mse_runtime import Analyzer
-from mse_runtime.backbone import library
+from mse_runtime.backbone import reports
 from mse_runtime.batch.export import convert, journal_path
 from mse_runtime.batch.journal import Journal
 from mse_runtime.batch.pool import FeaturePool
@@ -349,10 +349,10 @@ def test_smaller_passes_take_less_memory(tmp_path: Path) -> None:
 
     with Analyzer.open("tiny", adapter="onnx") as analyzer:
         analyzer.ready()
-        usual = compute_buffer(library.log_lines())
-        mark = library.log_mark()
+        usual = compute_buffer(reports.log_lines())
+        mark = reports.log_mark()
         analyzer.shrink()
-        assert 0 < compute_buffer(library.log_lines(mark)) < usual
+        assert 0 < compute_buffer(reports.log_lines(mark)) < usual
 
 
 def test_ctrl_c_while_the_model_loads_stops_at_once(

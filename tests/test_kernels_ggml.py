@@ -29,6 +29,7 @@ UNITS = {
     "ggml_q4_0_avx512": (*AVX2, *AVX512),
     "ggml_q4_0_amx": (*AVX2, *AVX512),
     "tap": (),
+    "reports": (),
 }
 NAMES = ggml.kernels()
 pytestmark = pytest.mark.skipif(

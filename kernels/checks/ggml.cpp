@@ -1,7 +1,8 @@
-// What llama.cpp calls (src/ggml_q4_0.cpp, src/tap.cpp) under the sanitizers: buffers of exactly the
-// size that is needed, random shapes, against plain loops.
+// What llama.cpp calls (src/ggml_q4_0.cpp, src/tap.cpp, src/reports.cpp) under the sanitizers: buffers
+// of exactly the size that is needed, random shapes, against plain loops.
 //
 //   ggml ROUNDS SEED KERNEL...
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -9,6 +10,7 @@
 #include <cstring>
 #include <memory>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "../src/abi.h"
@@ -99,6 +101,25 @@ static bool tap() {
   return t.taken == (fits ? static_cast<int64_t>(wanted.values.size() * 4) : 0);
 }
 
+static bool reports() {
+  const int n = 1 + below(700);
+  std::string longest(below(9000), 'x');
+  for (int i = 0; i < n; i++) mse_log_line(2, "line", nullptr);
+  mse_log_line(1, "debug", nullptr);
+  mse_log_line(5, "continued", nullptr);
+  mse_log_line(4, longest.c_str(), nullptr);
+  std::vector<char> text(1 + below(5000));
+  int32_t level = 0;
+  int found = 0;
+  size_t length = 0;
+  while (mse_log_take(&level, text.data(), static_cast<int64_t>(text.size()))) {
+    found++;
+    length = strlen(text.data());
+  }
+  const size_t whole = std::min({longest.size(), size_t{4096}, text.size() - 1});
+  return found == std::min(n + 1, 600) && level == 4 && length == whole;
+}
+
 int main(int argc, char **argv) {
   const int rounds = argc > 1 ? atoi(argv[1]) : 100;
   random_bits.seed(argc > 2 ? static_cast<unsigned>(atoi(argv[2])) : 0);
@@ -106,7 +127,7 @@ int main(int argc, char **argv) {
     if (!mse_ggml_has(atoi(argv[k]))) return printf("no kernel %s\n", argv[k]), 1;
     mse_ggml_use(nullptr, atoi(argv[k]));
     for (int i = 0; i < rounds; i++)
-      if (!product() || !tap()) return printf("kernel %s, round %d\n", argv[k], i), 1;
+      if (!product() || !tap() || !reports()) return printf("kernel %s, round %d\n", argv[k], i), 1;
   }
   printf("%d products\n", static_cast<int>(mse_ggml_calls()));
   return 0;

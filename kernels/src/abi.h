@@ -118,6 +118,21 @@ typedef struct mse_tap {
 // A ggml_backend_sched_eval_callback; `tap` is a mse_tap.
 MSE_API bool mse_tap_node(const void *tensor, bool ask, void *tap);
 
+// What llama.cpp reports, without entering Python each time: that means waiting until no other thread
+// runs it.
+
+// A ggml_log_callback that keeps the line, but for debug lines; there is one log in a process.
+MSE_API void mse_log_line(int32_t level, const char *text, void *user);
+// The oldest kept line into text [room], cut to fit and ended with a zero; false where there is none.
+MSE_API bool mse_log_take(int32_t *level, char *text, int64_t room);
+
+// A llama_progress_callback that calls another at the beginning, each `step`, and at the end.
+typedef struct mse_progress {
+  bool (*report)(float fraction, void *user);  // user is null
+  float step, last;  // last: fraction of the last report; at first below -step
+} mse_progress;
+MSE_API bool mse_progress_step(float fraction, void *progress);
+
 #ifdef __cplusplus
 }
 #endif

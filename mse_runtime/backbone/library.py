@@ -1,8 +1,7 @@
-"""llama.cpp's shared library: loading it late and light, its log, its devices, its identity."""
+"""llama.cpp's shared library: loading it late and light, its devices, its identity."""
 
 from __future__ import annotations
 
-import collections
 import ctypes
 import hashlib
 import importlib
@@ -17,24 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mse_runtime.backbone.reports import redirect_log
 from mse_runtime.errors import BackboneError
 
-__all__ = [
-    "Device", "build_id", "devices", "folder", "load", "log_errors", "log_lines", "log_mark",
-    "q4_0_product",
-]  # fmt: skip
+__all__ = ["Device", "build_id", "devices", "folder", "load", "q4_0_product"]
 
 _PACKAGE = "llama_cpp"
-_LEVELS = {1: "debug", 2: "info", 3: "warn", 4: "error"}
-_CONTINUED = 5
 _SPINS = 8000  # some hundred microseconds
 _lock = threading.Lock()
 _library: Any = None
 _q4_0 = "llama.cpp"
-_log: collections.deque[tuple[int, str, str]] = collections.deque(maxlen=600)
-_log_count = 0
-_log_open = False
-_keep_alive: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -98,7 +89,7 @@ def load() -> Any:
                 ) from error
             lib.llama_backend_init()
             _library = lib
-        _redirect_log(_library)
+        redirect_log(_library)
         return _library
 
 
@@ -167,53 +158,6 @@ def _import_bindings() -> Any:
     finally:
         if sys.modules.get(_PACKAGE) is shell:
             del sys.modules[_PACKAGE]
-
-
-# The log
-
-
-def _redirect_log(lib: Any) -> None:
-    """llama.cpp writes hundreds of lines to stderr; keep the last ones and show them on errors."""
-    if not _keep_alive:
-        _keep_alive.append(lib.llama_log_callback(_keep))
-    lib.llama_log_set(_keep_alive[0], ctypes.c_void_p(0))
-
-
-def _keep(level: int, text: bytes, _user: Any) -> None:
-    global _log_count, _log_open
-    try:
-        kind = _LEVELS.get(level, "info")
-        line = text.decode("utf-8", errors="replace").rstrip("\n")
-        if level == _CONTINUED:
-            if _log_open and _log:
-                number, before, begun = _log.pop()
-                _log.append((number, before, begun + line))
-            return
-        # Debug lines come one for each tensor and would push the interesting ones out.
-        _log_open = kind != "debug" and bool(line)
-        if _log_open:
-            _log_count += 1
-            _log.append((_log_count, kind, line))
-    except Exception:  # an exception cannot pass through C; losing a log line is harmless
-        return
-
-
-def log_mark() -> int:
-    """A mark for `log_lines(since=...)`."""
-    return _log_count
-
-
-def log_lines(since: int = 0) -> list[str]:
-    """llama.cpp's kept log lines after a mark, oldest first."""
-    return [line for number, _, line in list(_log) if number > since]
-
-
-def log_errors(since: int = 0, limit: int = 4) -> str:
-    """The last warnings and errors after a mark as one line, or an empty string."""
-    found = [
-        line for number, kind, line in list(_log) if number > since and kind in ("warn", "error")
-    ]
-    return " | ".join(found[-limit:])
 
 
 # Devices

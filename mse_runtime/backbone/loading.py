@@ -13,8 +13,9 @@ from typing import Any
 from mse_runtime.backbone import cpu, library
 from mse_runtime.backbone.file_checks import check_file, may_repack, repacking_pays
 from mse_runtime.backbone.head import make_tap
-from mse_runtime.backbone.mapped import CopiedPages
-from mse_runtime.backbone.repack import REPACKED, repacked_q4_0
+from mse_runtime.backbone.mapped import STEP, CopiedPages
+from mse_runtime.backbone.repack import REPACKED, output_stays_mapped, repacked_q4_0
+from mse_runtime.backbone.reports import log_errors, log_lines, log_mark, progress_callback
 from mse_runtime.backbone.rotary import TABLES, RopeTable, Rounding
 from mse_runtime.errors import BackboneError
 from mse_runtime.gguf import MAPPINGS, Gguf
@@ -112,7 +113,7 @@ def load_model(gguf: Gguf, options: Options, progress: Callable[[float], None] |
     check_file(gguf)
     lib = library.load()
     extra, probed, warnings = _extra_bufts(gguf, options)
-    mark = library.log_mark()
+    mark = log_mark()
     model = _load_weights(lib, gguf, options, extra, progress, mark)
     try:
         _check_model(lib, model, gguf)
@@ -120,7 +121,7 @@ def load_model(gguf: Gguf, options: Options, progress: Callable[[float], None] |
     except BaseException:
         free_model(lib, model)
         raise
-    info = _describe(lib, options, extra, warnings, library.log_lines(mark))
+    info = _describe(lib, options, extra, warnings, log_lines(mark))
     info |= {"mapped": not copies_weights(gguf, extra), "probe": probed}
     return Handles(lib, model, context, lib.llama_model_get_vocab(model), info)
 
@@ -172,6 +173,8 @@ def _load_weights(
     if extra and options.n_gpu_layers == 0:
         overrides = repacked_q4_0(lib, gguf)
         params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
+        if overrides is not None and output_stays_mapped(gguf):
+            params.use_extra_bufts = False
     no_devices = (ctypes.c_void_p * 1)(None)
     if options.n_gpu_layers == 0:  # an empty list: no GPU context (some 300 MB) is made
         params.devices = ctypes.cast(no_devices, ctypes.c_void_p)
@@ -180,7 +183,7 @@ def _load_weights(
     def report(fraction: float, _user: Any) -> bool:
         try:
             if copied is not None:
-                copied.progress(fraction)
+                copied.give_back()
             if progress is not None:
                 progress(float(fraction))
         except BaseException as error:  # carried past the C frames and raised below
@@ -188,8 +191,9 @@ def _load_weights(
             return False
         return True
 
-    callback = lib.llama_progress_callback(report)
-    params.progress_callback = callback
+    step = STEP / max(gguf.size, STEP)
+    callback, user_data, _alive = progress_callback(lib, report, step)
+    params.progress_callback, params.progress_callback_user_data = callback, user_data
     if progress is not None:
         progress(0.0)  # llama.cpp's own first call is after the file is mapped, and read
     with _LOADING:
@@ -200,7 +204,7 @@ def _load_weights(
         raise raised[0]
     if not model:
         raise BackboneError(
-            f"llama.cpp cannot load {gguf.path}: {library.log_errors(mark) or 'no reason given'}. "
+            f"llama.cpp cannot load {gguf.path}: {log_errors(mark) or 'no reason given'}. "
             "If it is short of memory try --low-memory; if the model is unknown to it, use llama, "
             "qwen, qwen2 or chatglm."
         )
@@ -239,7 +243,7 @@ def make_context(lib: Any, model: Any, options: Options) -> Context:
     tap = None
     if rounding is None and options.n_gpu_layers == 0:
         tap = make_tap(lib, options.n_outputs_max, lib.llama_model_n_embd(model))
-    mark = library.log_mark()
+    mark = log_mark()
     params = lib.llama_context_default_params()
     params.n_ctx = options.n_ctx
     params.n_batch = min(options.n_ctx, options.max_batch)
@@ -264,7 +268,7 @@ def make_context(lib: Any, model: Any, options: Options) -> Context:
     if not context:
         raise BackboneError(
             f"llama.cpp cannot make a context of {options.n_ctx} positions: "
-            f"{library.log_errors(mark) or 'no reason given'}. Try a smaller n_ctx, fewer GPU "
+            f"{log_errors(mark) or 'no reason given'}. Try a smaller n_ctx, fewer GPU "
             "layers or --low-memory."
         )
     return Context(context, rounding, tap)

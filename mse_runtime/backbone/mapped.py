@@ -18,22 +18,22 @@ import numpy as np
 
 from mse_runtime.gguf import MAPPINGS
 
-__all__ = ["CopiedPages"]
+__all__ = ["STEP", "CopiedPages"]
 
-_STEP = 48 << 20
+STEP = 48 << 20
+"""Bytes of the file after which it is time to give back again."""
 _MAPS = Path("/proc/self/maps")
 
 
 class CopiedPages:
-    """Gives back the resident pages of this process's mappings of a file, as loading goes on.
+    """Gives back the resident pages of this process's mappings of a file.
 
     Only pages that are the same in the file: whoever reads them again gets them from the kernel's
     cache, or from the disk.
     """
 
-    def __init__(self, size: int, file: tuple[str, str]) -> None:
-        self._size, self._file = size, file
-        self._given = -float(_STEP)  # at once, too: llama.cpp maps the file with every page
+    def __init__(self, file: tuple[str, str]) -> None:
+        self._file = file  # device and inode
 
     @classmethod
     def of(cls, path: Path) -> Self | None:
@@ -54,15 +54,12 @@ class CopiedPages:
                 address = page.ctypes.data
                 name = next((name for start, _, name in _mappings() if start == address), None)
                 del page  # the mapping cannot be closed while it is looked at
-            return None if name is None else cls(path.stat().st_size, name)
+            return None if name is None else cls(name)
         except (OSError, ValueError):
             return None
 
-    def progress(self, fraction: float) -> None:
-        """Part of the file that has been copied by now."""
-        if fraction < 1 and fraction * self._size - self._given < _STEP:
-            return
-        self._given = fraction * self._size
+    def give_back(self) -> None:
+        """What is resident now."""
         madvise = ctypes.CDLL(None).madvise
         with MAPPINGS:  # none of them may go meanwhile: its address could be another's by then
             for start, stop, name in _mappings():

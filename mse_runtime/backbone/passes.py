@@ -7,10 +7,11 @@ import ctypes
 import numpy as np
 import numpy.typing as npt
 
-from mse_runtime.backbone import checks, library
+from mse_runtime.backbone import checks
 from mse_runtime.backbone.batch import Entries, fillers, make_batch
 from mse_runtime.backbone.head import Head
 from mse_runtime.backbone.loading import Handles, Options
+from mse_runtime.backbone.reports import log_errors, log_mark
 from mse_runtime.backbone.sequences import Sequences
 from mse_runtime.errors import BackboneError, DecodeError
 from mse_runtime.gguf import Gguf
@@ -102,7 +103,7 @@ class Passes(Sequences):
             self._lib.llama_memory_seq_rm(self._memory, spare, -1, -1)
 
     def _run_these(self, entries: Entries) -> None:
-        mark = library.log_mark()
+        mark = log_mark()
         batch, keep = make_batch(self._lib, entries)
         code = self._lib.llama_decode(self._context, batch)
         del keep
@@ -117,6 +118,6 @@ class Passes(Sequences):
             )
         raise DecodeError(
             f"llama.cpp refused a batch of {len(entries)} (code {code}): "
-            f"{library.log_errors(mark) or 'no reason given'}. Clear the sequence and try again; "
+            f"{log_errors(mark) or 'no reason given'}. Clear the sequence and try again; "
             "if it stays, run mse-doctor."
         )

@@ -1,7 +1,9 @@
-"""Which layout llama.cpp keeps Q4_0 weights in, where it has the choice.
+"""Which layout llama.cpp keeps a Q4_0 model's weights in, where our product stands in for its own.
 
 On processors with AMX llama.cpp takes a layout for its own tile kernels. Ours reads the one that it
-repacks for other processors, and is faster there (bench/latency.py, "answer / raw").
+repacks for other processors, and is faster there (bench/latency.py, "answer / raw"). The output
+matrix stays as the file has it: labels are scored from a few of its rows (`head`), and repacking it
+all, a fifth of a small model, would only make loading longer.
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ from collections import defaultdict
 from typing import Any
 
 from mse_runtime.backbone import cpu, library
+from mse_runtime.backbone.head import Head
 from mse_runtime.gguf import Gguf
 
-__all__ = ["REPACKED", "repacked_q4_0"]
+__all__ = ["REPACKED", "output_stays_mapped", "repacked_q4_0"]
 
 REPACKED = "CPU_REPACK"
 """llama.cpp's name of the buffers of repacked weights."""
@@ -29,27 +32,45 @@ class _Override(ctypes.Structure):
 
 
 def repacked_q4_0(lib: Any, gguf: Gguf) -> Any:
-    """`llama_model_params.tensor_buft_overrides` for our product; None where llama.cpp chooses so.
+    """`llama_model_params.tensor_buft_overrides` for our product; None where llama.cpp chooses.
 
     The array must live until the model is loaded.
     """
-    if not cpu.has_amx() or library.q4_0_product() == "llama.cpp":
-        return None
     pattern, buffer_type = _pattern(gguf), _buffer_type(lib)
     if pattern is None or buffer_type is None:
         return None
     return (_Override * 2)(_Override(pattern.encode(), buffer_type), _Override(None, None))
 
 
-def _pattern(gguf: Gguf) -> str | None:
-    """An expression for the layers' matrices that can be repacked; None where there are none."""
+def output_stays_mapped(gguf: Gguf) -> bool:
+    """Whether the layers' matrices are all in `repacked_q4_0`, and the output matrix is no matter.
+
+    Then llama.cpp need not look for another layout for the rest (`use_extra_bufts`).
+    """
+    kinds = _kinds(gguf)
+    return _ours() and bool(kinds) and all(map(all, kinds.values())) and Head(gguf).plain
+
+
+def _ours() -> bool:
+    return library.q4_0_product() != "llama.cpp"
+
+
+def _kinds(gguf: Gguf) -> dict[str, list[bool]]:
+    """Of the layers' matrices of each name: which can be repacked for our product."""
     kinds: dict[str, list[bool]] = defaultdict(list)
     for info in gguf.tensors.values():
-        if match := _LAYER_WEIGHT.fullmatch(info.name):
+        if (match := _LAYER_WEIGHT.fullmatch(info.name)) and len(info.shape) > 1:
             fits = len(info.shape) == 2 and info.shape[0] % _COLUMNS == 0
             kinds[match[1]].append(info.type == "Q4_0" and fits)
-    names = [name for name, fit in kinds.items() if all(fit)]
-    return rf"^blk\.[0-9]+\.({'|'.join(names)})\.weight$" if names else None
+    return kinds
+
+
+def _pattern(gguf: Gguf) -> str | None:
+    """An expression for the layers' matrices that can be repacked; None where none have to be."""
+    names = [name for name, fit in _kinds(gguf).items() if all(fit)]
+    if not names or not _ours() or not (cpu.has_amx() or output_stays_mapped(gguf)):
+        return None
+    return rf"^blk\.[0-9]+\.({'|'.join(names)})\.weight$"
 
 
 def _buffer_type(lib: Any) -> int | None:
