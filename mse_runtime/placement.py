@@ -146,8 +146,9 @@ def plan(
     n_gpu_layers: None takes as many as fit in `free_vram` bytes; -1 means all. adapter, features:
     bytes for these. positions: the longest batch that will really be run, if known (scratch memory
     behind it is reserved but never touched). program: bytes of the process before; default what
-    it has now.
+    it has now. Loads llama.cpp where weights are copied: what it copies depends on its build.
     """
+    program = _rss() if program is None else program
     sizes = _Sizes(gguf, -(-n_ctx // 256) * 256, _KV_BYTES[kv_type], n_outputs_max)
     count = sizes.n_layer + 1
     if n_gpu_layers is None:
@@ -195,7 +196,7 @@ def plan(
         weights_ram -= left
         table = max(0, left - sum(item.ram for item in later))
     items = (
-        Item("program", (_rss() if program is None else program) + LIBRARIES),
+        Item("program", program + LIBRARIES),
         Item(
             f"weights ({gguf.weight_type})",
             weights_ram,

@@ -109,5 +109,14 @@ def test_llama_cpp_looks_after_what_is_not_ours(
             assert (repack.repacked_q4_0(lib, gguf) is not None) == amx
 
 
-def test_a_llama_cpp_without_that_list_chooses_itself() -> None:
-    assert repack._buffer_type(SimpleNamespace(_lib=SimpleNamespace())) is None
+@ours
+def test_a_llama_cpp_without_that_list_or_layout_chooses_itself() -> None:
+    """An override for a type that has no layout for Q4_0 would crash it."""
+    lib = library.load()
+    system = lib.llama_print_system_info
+    known = SimpleNamespace(_lib=lib._lib, llama_print_system_info=system)
+    assert repack._buffer_type(known) is not None
+    another = SimpleNamespace(_lib=SimpleNamespace(), llama_print_system_info=system)
+    assert repack._buffer_type(another) is None
+    older = SimpleNamespace(_lib=lib._lib, llama_print_system_info=lambda: b"CPU : SSE3 = 1 | ")
+    assert repack._buffer_type(older) is None

@@ -124,14 +124,9 @@ def test_progress_can_stop_the_load() -> None:
     assert told(library.load(), [0.0, 0.5, 0.75, 1.0], 0.1, stop_at=0.5) == [0.0, 0.5]
 
 
-@pytest.mark.parametrize("kernels", [True, False])
-def test_a_model_loads_and_says_why_it_does_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: bool
-) -> None:
+@pytest.mark.usefixtures("say")
+def test_a_model_loads_and_says_why_it_does_not(tmp_path: Path) -> None:
     """What `Backbone.info` and its errors read off the log, either way."""
-    if not kernels:
-        without_kernels(monkeypatch)
-        monkeypatch.setattr(reports, "_source", None)
     path = toy_gguf(tmp_path / "m.gguf", "llama")
     seen: list[float] = []
     with Backbone.open(path, threads=1, progress=seen.append) as backbone:
@@ -141,5 +136,3 @@ def test_a_model_loads_and_says_why_it_does_not(
     bad.write_bytes(path.read_bytes().replace(b"blk.0.ffn_up", b"blk.0.ffn_uq"))
     with pytest.raises(BackboneError, match=r"cannot load.*ffn_up"):
         Backbone.open(bad, threads=1)
-    monkeypatch.undo()
-    library.load()

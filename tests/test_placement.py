@@ -48,7 +48,8 @@ def test_the_plan_is_what_llama_cpp_allocates(
 ) -> None:
     with Gguf.open(wide[arch]) as gguf:
         planned = plan(gguf, n_ctx=n_ctx, low_memory=low_memory)
-        output = gguf.tensors["output.weight"].size
+        # The output matrix of an odd width may stay in the file, where llama.cpp chooses.
+        slack = 0 if output_stays_mapped(gguf) else gguf.tensors["output.weight"].size
     with Backbone.open(
         wide[arch], n_ctx=n_ctx, low_memory=low_memory, extra_bufts=None if low_memory else True,
         threads=1,
@@ -63,8 +64,8 @@ def test_the_plan_is_what_llama_cpp_allocates(
         for kind in ("model", "KV", "compute", "output")
     }
     weights = item(planned, "weights").ram
-    if copied:  # norms and an output of an odd width stay in the file, too
-        assert sums["model"] <= weights <= sums["model"] + output + 0.05 * MIB
+    if copied:  # norms stay in the file, too
+        assert sums["model"] <= weights <= sums["model"] + slack + 0.05 * MIB
     else:
         assert weights == pytest.approx(sums["model"], rel=0.01, abs=0.02 * MIB)
     assert item(planned, "KV").ram == pytest.approx(sums["KV"], rel=0.01, abs=0.02 * MIB)

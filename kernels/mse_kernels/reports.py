@@ -25,13 +25,16 @@ class Log:
         self._take = library().mse_log_take
         self._take.restype = ctypes.c_bool
         self._take.argtypes = [ctypes.POINTER(ctypes.c_int32), ctypes.c_char_p, ctypes.c_int64]
+        self._level, self._text = ctypes.c_int32(), ctypes.create_string_buffer(_LENGTH)
         self.callback = ctypes.cast(library().mse_log_line, ctypes.c_void_p)
 
     def take(self) -> Iterator[tuple[int, bytes]]:
-        """(level, text) of the lines since the last call, oldest first; they are gone then."""
-        level, text = ctypes.c_int32(), ctypes.create_string_buffer(_LENGTH)
-        while self._take(level, text, _LENGTH):
-            yield level.value, text.value
+        """(level, text) of the lines since the last call, oldest first; they are gone then.
+
+        One thread at a time.
+        """
+        while self._take(self._level, self._text, _LENGTH):
+            yield self._level.value, self._text.value
 
 
 class _Progress(ctypes.Structure):

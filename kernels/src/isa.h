@@ -73,7 +73,7 @@ struct Kernels {
 };
 
 // Mean of n rows of D; false if one is not finite.
-inline bool mean(const Kernels &k, const float *rows, int64_t n, int D, float *out) {
+static inline bool mean(const Kernels &k, const float *rows, int64_t n, int D, float *out) {
   for (int d = 0; d < D; d++) out[d] = 0.0f;
   k.add_rows(rows, n, D, out);
   return k.average(n, D, out);

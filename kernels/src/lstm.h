@@ -53,7 +53,7 @@ inline void units(const Lstm &w, int q, bool down, float *const *gates, const St
   }
 }
 
-static_assert(kChunk % 2 == 0 && kSplitRows % 2 == 0, "see `back`");
+static_assert(kChunk % 2 == 0 && kSplitRows % 2 == 0, "to and fro goes on from chunk to chunk");
 
 // Bytes that `units` fetches.
 inline int fetched(const Lstm &w, int every) { return (w.H + every - 1) / every * kLine * 4; }
@@ -69,8 +69,7 @@ void steps(const Lstm &w, float *gates, int from, int to, State *s, const char *
     for (int b = 0; b < NB; b++) g[b] = gates + (static_cast<size_t>(b) * w.chunk + t) * w.in.Np;
     // Every other step goes backwards through the panels: the ones used last are still in the
     // first-level cache, where a cyclic walk over 64 KB would find none of them. Depth is walked the
-    // other way, so that a step begins with the values of h that were ready first. (A chunk is an even
-    // number of steps: a sequence's order is the same in any group.)
+    // other way, so that a step begins with the values of h that were ready first.
     const bool back = t & 1;
     int q = 0;
     for (; q + NQ <= count; q += NQ, ahead += on)

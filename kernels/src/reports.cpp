@@ -32,11 +32,11 @@ Log &the_log() {
 }  // namespace
 
 extern "C" void mse_log_line(int32_t level, const char *text, void *) {
-  Log &log = the_log();
-  std::lock_guard<std::mutex> lock(log.busy);
-  if (level != kContinued) log.dropping = level == kDebug;
-  if (log.dropping) return;
   try {
+    Log &log = the_log();
+    std::lock_guard<std::mutex> lock(log.busy);
+    if (level != kContinued) log.dropping = level == kDebug;
+    if (log.dropping) return;
     log.lines.push_back({level, std::string(text).substr(0, kLength)});
     if (log.lines.size() > kLines) log.lines.pop_front();
   } catch (...) {  // no memory: losing a line is harmless
@@ -44,13 +44,17 @@ extern "C" void mse_log_line(int32_t level, const char *text, void *) {
 }
 
 extern "C" bool mse_log_take(int32_t *level, char *text, int64_t room) {
-  Log &log = the_log();
-  std::lock_guard<std::mutex> lock(log.busy);
-  if (log.lines.empty() || room < 1) return false;
-  *level = log.lines.front().level;
-  snprintf(text, static_cast<size_t>(room), "%s", log.lines.front().text.c_str());
-  log.lines.pop_front();
-  return true;
+  try {
+    Log &log = the_log();
+    std::lock_guard<std::mutex> lock(log.busy);
+    if (log.lines.empty() || room < 1) return false;
+    *level = log.lines.front().level;
+    snprintf(text, static_cast<size_t>(room), "%s", log.lines.front().text.c_str());
+    log.lines.pop_front();
+    return true;
+  } catch (...) {
+    return false;
+  }
 }
 
 extern "C" bool mse_progress_step(float fraction, void *user) {

@@ -39,20 +39,20 @@ def repacked_q4_0(lib: Any, gguf: Gguf) -> Any:
     pattern, buffer_type = _pattern(gguf), _buffer_type(lib)
     if pattern is None or buffer_type is None:
         return None
+    if not cpu.has_amx() and not output_stays_mapped(gguf):  # its own choice is the same
+        return None
     return (_Override * 2)(_Override(pattern.encode(), buffer_type), _Override(None, None))
 
 
 def output_stays_mapped(gguf: Gguf) -> bool:
     """Whether the layers' matrices are all in `repacked_q4_0`, and the output matrix is no matter.
 
-    Then llama.cpp need not look for another layout for the rest (`use_extra_bufts`).
+    Then llama.cpp need not look for another layout for the rest (`use_extra_bufts`). Loads
+    llama.cpp.
     """
     kinds = _kinds(gguf)
-    return _ours() and bool(kinds) and all(map(all, kinds.values())) and Head(gguf).plain
-
-
-def _ours() -> bool:
-    return library.q4_0_product() != "llama.cpp"
+    ours = bool(kinds) and all(map(all, kinds.values())) and Head(gguf).plain
+    return ours and _buffer_type(library.load()) is not None
 
 
 def _kinds(gguf: Gguf) -> dict[str, list[bool]]:
@@ -66,16 +66,22 @@ def _kinds(gguf: Gguf) -> dict[str, list[bool]]:
 
 
 def _pattern(gguf: Gguf) -> str | None:
-    """An expression for the layers' matrices that can be repacked; None where none have to be."""
+    """An expression for the layers' matrices that can be repacked; None where there are none."""
     names = [name for name, fit in _kinds(gguf).items() if all(fit)]
-    if not names or not _ours() or not (cpu.has_amx() or output_stays_mapped(gguf)):
-        return None
-    return rf"^blk\.[0-9]+\.({'|'.join(names)})\.weight$"
+    return rf"^blk\.[0-9]+\.({'|'.join(names)})\.weight$" if names else None
 
 
 def _buffer_type(lib: Any) -> int | None:
-    """The buffer type of repacked weights, from the CPU backend's own list."""
+    """The buffer type of repacked weights, from the CPU backend's own list, for our product.
+
+    llama.cpp takes an override without asking whether that type has a layout for the matrix: for
+    Q4_0 it has none where it was built without AVX2.
+    """
+    if library.q4_0_product() == "llama.cpp":
+        return None
     try:
+        if b"AVX2 = 1" not in lib.llama_print_system_info():
+            return None
         device = _function(lib, "ggml_backend_dev_by_type", ctypes.c_int)(0)
         registry = _function(lib, "ggml_backend_dev_backend_reg", ctypes.c_void_p)(device)
         address = _function(

@@ -62,18 +62,22 @@ def _keep(level: int, text: bytes, _user: Any) -> None:
         return
 
 
-def _kept() -> list[tuple[int, str, str]]:
-    """(number, kind, line), oldest first."""
+def _take() -> None:
     with _taking:
         if hasattr(_source, "take"):
             for level, text in _source.take():
                 _keep(level, text, None)
-        return list(_log)
+
+
+def _kept() -> list[tuple[int, str, str]]:
+    """(number, kind, line), oldest first."""
+    _take()
+    return list(_log)
 
 
 def log_mark() -> int:
     """A mark for `log_lines(since=...)`."""
-    _kept()
+    _take()
     return _log_count
 
 
