@@ -34,7 +34,7 @@ def _generated(alphabet: str, prefix: str, lengths: range) -> Iterator[str]:
 def _pieces(space: str, count: int, singles: set[str]) -> list[str]:
     """`count` distinct multi-character pieces, each one a known piece plus one character."""
     pieces: dict[str, None] = {}
-    # As trained vocabularies have them. With SentencePiece a text of its own begins with a space, so
+    # As trained vocabularies have them. With SentencePiece a text of its own begins with a space:
     # without these ":" and "+1.5" would each take a token more than they do.
     for mark in string.punctuation:
         pieces[space + mark] = None
