@@ -195,7 +195,7 @@ def run(context: click.Context, /, arguments: tuple[str, ...], **options: Any) -
         "--features-only": _features_only,
         "--plan alone": _plan_only,
     }
-    _check_outputs(options)
+    _check_outputs(arguments, options)
     commands.get(mode, partial(_answer, finish=context.obj))(arguments, options)
 
 
@@ -214,11 +214,16 @@ def _check_options(mode: str, context: click.Context) -> None:
         raise UsageError(f"{names} has no meaning with {mode}. Leave it out; see mse-run --help.")
 
 
-def _check_outputs(options: dict[str, Any]) -> None:
-    """Refuse what could not be written at the end before anything is computed."""
-    for path in (options["plot"], options["output"]):
-        if path and not path.absolute().parent.is_dir():
+def _check_outputs(arguments: tuple[str, ...], options: dict[str, Any]) -> None:
+    """Refuse what could not be written at the end, or over what is read, before all else."""
+    read = [*arguments, *filter(None, (options["features"], options["batch"]))]
+    for path in filter(None, (options["plot"], options["output"])):
+        if not path.absolute().parent.is_dir():
             raise UsageError(f"There is no folder {path.parent} for {path.name}: make it first.")
+        if any(_is_file(word) and path.exists() and path.samefile(word) for word in read):
+            raise UsageError(f"{path} is what is read: name another file to write.")
+    if options["features_only"] and options["output"] and options["output"].suffix != ".npz":
+        raise UsageError(f"Features are written as .npz, not {options['output'].name}.")
     if options["plot"]:
         from mse_runtime.plot import check_plot
 
@@ -272,7 +277,7 @@ def _answer(
             finish()
 
 
-def _is_file(word: str) -> bool:
+def _is_file(word: str | Path) -> bool:
     try:
         return Path(word).is_file()
     except (OSError, ValueError):  # a text is often longer than a name may be

@@ -115,10 +115,23 @@ def test_options_that_would_do_nothing_are_refused(arguments: tuple[str, ...]) -
         (CLIP, TEXT, "--plot", "no/such/folder/a.png"),
         (CLIP, TEXT, "--plot", "a.gif"),
         (CLIP, "--features-only", "-o", "no/such/folder/f.npz"),
+        (CLIP, "--features-only", "-o", "f.zip"),
     ],
 )
 def test_usage_errors(arguments: tuple[str, ...]) -> None:
     refused(mse_run(*arguments), 2)
+
+
+def test_what_is_read_is_not_written_over(tmp_path: Path) -> None:
+    clip, listing, other = tmp_path / "c.npz", tmp_path / "c.csv", tmp_path / "other.csv"
+    clip.write_bytes(CLIP.read_bytes())
+    listing.write_text(f"clip,text,label\n{CLIP},hello,joy\n")
+    other.write_text("mine\n")
+    before = [path.read_bytes() for path in (clip, listing, other)]
+    assert "what is read" in refused(mse_run(clip, "--features-only", "-o", clip), 2)
+    assert "what is read" in refused(mse_run("--batch", listing, "-o", listing), 2)
+    assert "not written for this list" in refused(mse_run("--batch", listing, "-o", other), 2)
+    assert [path.read_bytes() for path in (clip, listing, other)] == before
 
 
 def test_broken_utf8_is_said() -> None:
