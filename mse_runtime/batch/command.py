@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mse_runtime.batch.export import convert, failures, journal_path
-from mse_runtime.batch.journal import Journal
+from mse_runtime.batch.journal import Journal, foreign
 from mse_runtime.batch.pool import FeaturePool
 from mse_runtime.batch.rows import read_rows
 from mse_runtime.batch.run import run
-from mse_runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from mse_runtime.analyzer import Analyzer
@@ -37,9 +36,7 @@ def run_batch(analyzer: Analyzer, listing: Path, output: Path, options: dict[str
 
     rows = read_rows(listing)
     if output.exists() and not journal_path(output).exists():
-        raise UsageError(
-            f"{output} exists and was not written for this list. Give another -o, or remove it."
-        )
+        raise foreign(output)
     console = Console(stderr=True)
     workers = options["workers"] or max(1, min(4, len(os.sched_getaffinity(0))))
     with (

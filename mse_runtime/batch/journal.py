@@ -15,7 +15,7 @@ from typing import Any
 from mse_runtime.batch.rows import Row
 from mse_runtime.errors import UsageError
 
-__all__ = ["Journal"]
+__all__ = ["Journal", "foreign"]
 
 
 class Journal:
@@ -80,12 +80,12 @@ class Journal:
                     entry = json.loads(line)
                     index, name = entry["index"], entry["id"]
                 except (ValueError, KeyError, TypeError, RecursionError):
-                    raise self._foreign() from None
+                    raise foreign(self.path) from None
                 if not isinstance(index, int) or not 0 <= index < len(rows):
-                    raise self._foreign()
+                    raise foreign(self.path)
                 row = rows[index]
                 if name != row.id or entry.get("text", row.text) != row.text:
-                    raise self._foreign()
+                    raise foreign(self.path)
                 if entry.get("run", "") != self.run:
                     raise UsageError(
                         f"{self.path} was written with another bundle, task or options. Give "
@@ -95,11 +95,6 @@ class Journal:
                 self.done.add(index)
                 self.failed += "error" in entry
         os.ftruncate(self._fd, good)
-
-    def _foreign(self) -> UsageError:
-        return UsageError(
-            f"{self.path} exists and was not written for this list. Give another -o, or remove it."
-        )
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append one line; it is on the disk when this returns.
@@ -137,3 +132,10 @@ class Journal:
         trace: TracebackType | None,
     ) -> None:
         os.close(self._fd)
+
+
+def foreign(path: Path) -> UsageError:
+    """The error for a file that is in the way."""
+    return UsageError(
+        f"{path} exists and was not written for this list. Give another -o, or remove it."
+    )
