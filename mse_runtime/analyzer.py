@@ -234,7 +234,10 @@ class Analyzer(Loaded):
                     answer = readout.score(logits[:, trie.candidates] if parity else logits)
                     generated = None
                     if parity:
-                        generated = generate(backbone, logits[0], task.kind, task.max_new_tokens)
+                        generated = generate(
+                            backbone, logits[0], task.kind, task.max_new_tokens,
+                            scale=task.number_scale or 1.0,
+                        )  # fmt: skip
             finally:
                 backbone.truncate(0, len(self._constant))
             self.last_features = found

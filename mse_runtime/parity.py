@@ -44,9 +44,13 @@ def generate(
     kind: Literal["regression", "classification"],
     max_new_tokens: int,
     *,
+    scale: float = 1.0,
     seq: int = 0,
 ) -> Generated:
-    """Continue greedily from `first` [n_vocab], the logits after the prompt."""
+    """Continue greedily from `first` [n_vocab], the logits after the prompt.
+
+    `scale`: what the task writes numbers times.
+    """
     ids: list[int] = []
     logits: NDArray[np.float32] | None = first
     while logits is not None:
@@ -58,7 +62,7 @@ def generate(
             break
         logits = backbone.prefill(np.array([token], np.int32), seq=seq)
     text = backbone.detokenize(np.array(ids, np.int32))
-    return Generated(tuple(ids), text, parse(text, kind))
+    return Generated(tuple(ids), text, parse(text, kind) / scale)
 
 
 def parse(text: str, kind: Literal["regression", "classification"]) -> float:

@@ -68,8 +68,7 @@ def label_texts(task: Task) -> list[str]:
     if task.kind == "classification":
         return [label.text for label in task.labels]
     low, high = task.range or (-1.0, 1.0)
-    form = task.number_format or "{:.1f}"
-    return [form.format(number) for number in number_grid(low, high, task.step or 0.1)]
+    return [task.number_text(number) for number in number_grid(low, high, task.step or 0.1)]
 
 
 @dataclass(frozen=True)

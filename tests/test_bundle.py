@@ -111,6 +111,8 @@ FAULTS = [
     ("tasks.sentiment.number_format", "{:.0f}", "same text for several steps"),
     ("tasks.sentiment.number_format", "{0.__class__}", "one number field"),
     ("tasks.sentiment.number_format", "{:999999999.1f}", "one number field"),
+    ("tasks.sentiment.number_scale", 0, "should be above 0"),
+    ("tasks.emotion.number_scale", 10.0, "regression tasks only"),
     ("tasks.sentiment.labels", [{"text": "a", "name": "a"}], "should be empty"),
     ("tasks.emotion.labels", [{"text": "0", "name": "one"}], "at least two"),
     ("tasks.emotion.labels.1.text", "0", "distinct"),

@@ -70,6 +70,9 @@ def test_number_grids_are_the_published_answers() -> None:
     assert texts[30] == "+0.0"
     assert texts[-1] == "+3.0"
     assert "-0.0" not in label_texts(regression(number_format="{:.1f}"))
+    tenths = label_texts(regression(number_format="{:+03.0f}", number_scale=10.0))
+    assert [tenths[i] for i in (0, 1, 29, 30, 31, 60)] == ["-30", "-29", "-01", "+00", "+01", "+30"]
+    assert tenths == [text.replace(".", "") for text in texts]
 
 
 @pytest.mark.parametrize("step", [0.25, 0.15, 0.5, 1.0])
@@ -79,13 +82,25 @@ def test_grids_of_any_step_are_exact(step: float) -> None:
     assert 0.0 in grid
 
 
-@pytest.mark.parametrize("target", ["+1.7", "-2.3", "+0.0", "-3.0"])
-def test_regression_finds_the_number(target: str) -> None:
-    readout = Readout.build(regression(), CharTokenizer())
+@pytest.mark.parametrize(
+    ("target", "spelling", "tokens"),
+    [
+        *((text, {}, 14) for text in ("+1.7", "-2.3", "+0.0", "-3.0")),
+        *(
+            (text, {"number_format": "{:+03.0f}", "number_scale": 10.0}, 8)
+            for text in ("+17", "-30")
+        ),
+    ],
+)
+def test_regression_finds_the_number(target: str, spelling: dict[str, object], tokens: int) -> None:
+    task = regression(**spelling)
+    readout = Readout.build(task, CharTokenizer())
+    assert len(readout.trie.tokens) == tokens
     model = CharModel(target, margin=9.0)
     answer = readout.score(model.tree_logits(readout.trie))
-    assert answer.mode == pytest.approx(float(target))
-    assert answer.value == pytest.approx(float(target), abs=0.1)
+    number = float(target) / (task.number_scale or 1.0)
+    assert answer.mode == pytest.approx(number)
+    assert answer.value == pytest.approx(number, abs=0.1)
     assert answer.distribution is not None
     assert sum(p for _, p in answer.distribution) == pytest.approx(1)
     assert sum(answer.probabilities.values()) == pytest.approx(1)
@@ -144,6 +159,8 @@ def test_generation_keeps_the_first_token() -> None:
     assert made.text == "-1.4"
     assert made.value == -1.4
     assert model.fed == 3  # the last token is never fed
+    model = CharModel("-14")
+    assert generate(model, model.logits(0), "regression", 3, scale=10.0).value == -1.4
 
 
 def test_generation_stops_at_the_end_token() -> None:

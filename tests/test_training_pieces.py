@@ -90,10 +90,10 @@ def test_the_trie_in_one_pass_equals_each_answer_alone(small: tuple[Frozen, Any]
     readout = Readout.build(task, frozen.tokenizer)
     samples = made_up(2)
     store = FeatureStore(profile.features)
-    texts = ["-1.3", "+0.0", "+2.9"]
+    texts = ["-13", "+00", "+29"]
     columns = [7 + 10, 30, 59]
     answers = [frozen.tokenizer.tokenize(text).tolist() for text in texts]
-    every = [frozen.tokenizer.tokenize(f"{number / 10:+.1f}").tolist() for number in range(-30, 31)]
+    every = [frozen.tokenizer.tokenize(f"{number:+03}").tolist() for number in range(-30, 31)]
     examples = encode(samples, task, profile.text, frozen.tokenizer, 3)
     batch = collate(examples, store)
     with torch.no_grad():
@@ -145,11 +145,13 @@ def test_every_sample_once_and_alike_lengths_together() -> None:
 def test_answer_texts() -> None:
     task = choose_profile("x", "llama", 0, SCALE, "pseudo-last").tasks["sentiment"]
     assert [answer_text(task, x) for x in (0.8, -1.24, -0.01, 3.0)] == [
-        "+0.8",
-        "-1.2",
-        "+0.0",
-        "+3.0",
+        "+08",
+        "-12",
+        "+00",
+        "+30",
     ]
+    wide = choose_profile("x", "llama", 0, replace(SCALE, range=(0.0, 100.0)), "pseudo-last")
+    assert answer_text(wide.tasks["sentiment"], 7.0) == "+007"
     published = profiles.published("llama", "mosei", 0).tasks["sentiment"]
     assert answer_text(published, -0.01, exact=True) == "-0.0"  # as the published code has it
     assert answer_text(published, -0.01) == "0.0"
@@ -169,7 +171,7 @@ def test_the_prompt_names_the_data_sets_own_classes_and_range() -> None:
     assert "<anger:0, joy:1, neutral:2>" in words(published)
     assert [label.text for label in published.tasks["emotion"].labels] == ["0", "1", "2"]
     narrow = choose_profile("x", "qwen2", 0, replace(SCALE, range=(-1.0, 1.0)), "pseudo-last")
-    assert "from -1.0 (very negative) to +1.0" in words(narrow)
+    assert "from -10 (very negative) to +10" in words(narrow)
     assert narrow.tasks["sentiment"].range == (-1.0, 1.0)
     meld = replace(OWN, name="meld")
     assert "from the                                             target" in words(

@@ -150,7 +150,7 @@ def published(family: str, dataset: str, pad_id: int) -> Profile:
         for entry in layout[about["language"]]
     )
     labels = tuple(Label(str(i), name) for i, name in enumerate(about.get("labels", ())))
-    task = _task(about, segments, run["max_new_tokens"], layout["number_format"], labels)
+    task = _task(about, segments, run["max_new_tokens"], layout, labels)
     return Profile(
         name=f"{backbone}-{dataset}",
         layout="published",
@@ -175,9 +175,7 @@ def ours(family: str, pad_id: int = 0) -> Profile:
     for name, entry in about["tasks"].items():
         segments = (start, *(Segment(**segment) for segment in entry["prompt"]))
         labels = tuple(Label(label, label) for label in entry.get("labels", ()))
-        tasks[name] = _task(
-            entry, segments, entry["max_new_tokens"], entry.get("number_format"), labels
-        )
+        tasks[name] = _task(entry, segments, entry["max_new_tokens"], entry, labels)
     return Profile(
         name=f"{family}-clips",
         layout="pseudo-last",
@@ -200,7 +198,7 @@ def _task(
     about: Mapping[str, Any],
     segments: tuple[Segment, ...],
     max_new_tokens: int,
-    number_format: str | None,
+    numbers: Mapping[str, Any],
     labels: tuple[Label, ...],
 ) -> Task:
     if about["kind"] == "classification":
@@ -213,7 +211,8 @@ def _task(
         max_new_tokens,
         range=(low, high),
         step=about["step"],
-        number_format=number_format,
+        number_format=numbers["number_format"],
+        number_scale=numbers.get("number_scale"),
     )
 
 

@@ -40,7 +40,7 @@ MAX_BYTES = 4 << 20
 MAX_GRID = 2001
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 # One number field and nothing that `str.format` could reach further with.
-NUMBER_FORMAT = re.compile(r"[^{}]{0,16}\{:[+ ]?\.[0-9]f\}[^{}]{0,16}")
+NUMBER_FORMAT = re.compile(r"[^{}]{0,16}\{:[+ ]?(0[1-9])?\.[0-9]f\}[^{}]{0,16}")
 
 
 def read(folder: Path) -> Bundle:
@@ -161,7 +161,8 @@ def _check_version(root: Node) -> bool:
 
 def _task(node: Node, layout: str) -> Task:
     keys = node.object(
-        "kind language prompt max_new_tokens", "temperature range step number_format labels"
+        "kind language prompt max_new_tokens",
+        "temperature range step number_format number_scale labels",
     )
     kind: Literal["regression", "classification"]
     kind = keys["kind"].choice("regression", "classification")
@@ -184,12 +185,14 @@ def _task(node: Node, layout: str) -> Task:
     )
     if kind == "classification":
         _check_labels(node, labels)
-        for name in ("range", "step", "number_format"):
+        for name in ("range", "step", "number_format", "number_scale"):
             if name in keys:
                 keys[name].fail("belongs to regression tasks only")
         return task
     if labels:
         keys["labels"].fail("should be empty: a regression task has range and step instead")
+    if "number_scale" in keys:
+        task = replace(task, number_scale=keys["number_scale"].number(above=0.0))
     return _with_grid(task, node)
 
 
@@ -216,11 +219,12 @@ def _with_grid(task: Task, node: Node) -> Task:
         )
     if not NUMBER_FORMAT.fullmatch(form):
         node.peek("number_format").fail('should be one number field such as "{:.1f}" or "{:+.1f}"')
+    task = replace(task, range=(low, high), step=step, number_format=form)
     # The grid of readout.number_grid, without NumPy.
-    values = {form.format(round(low + i * step, 10) + 0.0) for i in range(round(count))}
+    values = {task.number_text(round(low + i * step, 10)) for i in range(round(count))}
     if len(values) < round(count):
         node.peek("number_format").fail(f"gives the same text for several steps of {step:g}")
-    return replace(task, range=(low, high), step=step, number_format=form)
+    return task
 
 
 def _segment(node: Node) -> Segment:

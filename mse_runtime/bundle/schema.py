@@ -133,7 +133,9 @@ class Label:
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked. Regression has `range`, `step`, `number_format`; classification `labels`."""
+    """What is asked. Regression has `range`, `step` and how numbers are written; classification
+    `labels`.
+    """
 
     kind: Literal["regression", "classification"]
     language: str
@@ -144,7 +146,15 @@ class Task:
     step: float | None = None
     number_format: str | None = None
     """A `str.format` field for the number, such as "{:+.1f}"."""
+    number_scale: float | None = None
+    """What the number is written times, if not 1: 1.5 is "+15" with "{:+03.0f}" and 10. People wait
+    for every token of a number but its last, for a point as well."""
     labels: tuple[Label, ...] = ()
+
+    def number_text(self, number: float) -> str:
+        """The number as the language model writes it."""
+        scaled = round(number * (self.number_scale or 1.0), 10) + 0.0  # no negative zero
+        return (self.number_format or "{:.1f}").format(scaled)
 
 
 @dataclass(frozen=True)

@@ -76,12 +76,11 @@ def answer_text(task: Task, label: float, *, exact: bool = False) -> str:
     """
     if task.kind == "classification":
         return task.labels[int(label)].text
-    form = task.number_format or "{:.1f}"
     if exact:
-        return form.format(label)
+        return (task.number_format or "{:.1f}").format(label)
     low, _ = task.range or (-1.0, 1.0)
     step = task.step or 0.1
-    return form.format(low + step * round((label - low) / step) + 0.0).replace("-0.0", "0.0")
+    return task.number_text(low + step * round((label - low) / step))
 
 
 def encode(

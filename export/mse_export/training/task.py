@@ -103,9 +103,19 @@ def _fit(task: Task, info: DataSetInfo, *, numbered: bool) -> Task:
         task = replace(task, labels=labels)
     elif info.range and info.range != task.range:
         low, high = info.range
+        task = _spelled(replace(task, range=(low, high), step=0.1 if high - low <= 20 else 1.0))
         words = {"-3.0": f"{low:.1f}", "+3.0": f"{high:+.1f}", " 3.0]": f" {high:.1f}]"}
-        task = replace(task, range=(low, high), step=0.1 if high - low <= 20 else 1.0)
+        words |= {"-30": task.number_text(low), "+30": task.number_text(high)}
     return replace(task, prompt=tuple(_reworded(segment, words) for segment in task.prompt))
+
+
+def _spelled(task: Task) -> Task:
+    """Numbers without a point: in steps, and all with the digits of the longest."""
+    if task.number_scale is None or task.range is None or task.step is None:
+        return task
+    scale = round(1 / task.step)
+    digits = len(str(round(max(map(abs, task.range)) * scale)))
+    return replace(task, number_format=f"{{:+0{digits + 1}.0f}}", number_scale=float(scale))
 
 
 def _reworded(segment: Segment, words: dict[str, str]) -> Segment:
