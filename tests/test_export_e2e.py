@@ -230,12 +230,12 @@ def test_f32_as_published(
     assert bundle.backbone.rope_table == (None if name == "chatglm" else "bf16")
     forced_logits: list[Any] = []
 
-    def watched(backbone: Backbone, first: NDArray[np.float32], *rest: Any) -> Any:
+    def watched(backbone: Backbone, first: NDArray[np.float32], *rest: Any, scale: float) -> Any:
         path, length = golden.path[len(forced_logits)], backbone.length()
         logits = [backbone.prefill(np.array([token], np.int32)) for token in path[:-1]]
         backbone.truncate(0, length)
         forced_logits.append(np.stack([first, *logits]))
-        return generate(backbone, first, *rest)
+        return generate(backbone, first, *rest, scale=scale)
 
     monkeypatch.setattr("mse_runtime.analyzer.generate", watched)
     with Analyzer.open(bundle.path, threads=1, offline=True) as analyzer:
