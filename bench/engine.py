@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from bundles import TEXT, Pair, features
 
-from mse_kernels import ggml
+from mse_kernels import ggml, mapped
 from mse_runtime.analyzer import Analyzer
-from mse_runtime.backbone import Backbone, cpu, library, loading
+from mse_runtime.backbone import Backbone, cpu, library
 from mse_runtime.bundle import load_bundle
 from mse_runtime.prompt import build
 from mse_runtime.readout import Readout
@@ -32,13 +32,16 @@ Ids = np.ndarray[Any, np.dtype[np.int32]]
 
 @contextmanager
 def llama_cpp_alone() -> Iterator[None]:
-    """llama.cpp's own product of Q4_0 weights, where ours stands in for it."""
-    ggml.use(None, library.folder())
+    """llama.cpp's own products of weights, where ours stand in for them."""
+    folder, types = library.folder(), library.mapped_types()
+    ggml.use(None, folder)
+    mapped.use((), folder)
     try:
         yield
     finally:
+        mapped.use(types, folder)
         if library.q4_0_product() != "llama.cpp":
-            ggml.use(ggml.kernels()[0], library.folder())
+            ggml.use(ggml.kernels()[0], folder)
 
 
 class Engine:
@@ -177,19 +180,13 @@ class Layout:
 def llama_cpp_layout(backbone: Backbone) -> Iterator[Backbone]:
     """The same model with its weights laid out as llama.cpp alone would have them.
 
-    `backbone` itself but on processors with AMX, where ours asks for another layout.
+    `backbone` itself but on processors with AMX, where ours takes the file's layout.
     """
-    if not cpu.has_amx() or backbone.info["q4_0"] == "llama.cpp":
+    if not cpu.has_amx() or backbone.info["product"] == "llama.cpp":
         yield backbone
         return
-    usual, loading.repacked_q4_0 = loading.repacked_q4_0, lambda *_: None
-    try:
-        other = Backbone.open(
-            backbone.path, n_ctx=256, threads=backbone.info["threads"], extra_bufts=True
-        )
-    finally:
-        loading.repacked_q4_0 = usual
-    with other:
+    threads = backbone.info["threads"]
+    with Backbone.open(backbone.path, n_ctx=256, threads=threads, extra_bufts=True) as other:
         yield other
 
 

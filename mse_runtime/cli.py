@@ -110,7 +110,7 @@ MEANT_FOR = {
 @click.option(
     "--low-memory",
     is_flag=True,
-    help="Keep the weights as the mapped file: slower, no repacked copy.",
+    help="Keep the weights as the mapped file: no repacked copy, slower where there is one.",
 )
 @click.option(
     "--adapter",

@@ -33,7 +33,7 @@ __all__ = ["restore", "store"]
 FOLDER, KEEP = "prefixes", 4
 # What of `Backbone.info` decides how sums round.
 SETTINGS = (
-    "build", "device", "offloaded_layers", "threads", "extra_bufts", "q4_0", "kv_type",
+    "build", "device", "offloaded_layers", "threads", "extra_bufts", "product", "kv_type",
     "rope_table",
 )  # fmt: skip
 

@@ -211,22 +211,30 @@ def test_a_tree_of_several_passes_may_end_in_the_last_cell(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("types", "amx", "x86", "pays"),
+    ("types", "amx", "x86", "mapped", "pays"),
     [
-        ({"Q4_0": 90, "Q6_K": 10}, False, True, True),
-        ({"Q4_K": 60, "Q6_K": 40}, False, True, False),
-        ({"Q2_K": 90, "IQ4_NL": 10}, False, True, False),
-        ({"Q8_0": 100}, False, True, False),
-        ({"Q4_K": 60, "Q6_K": 40}, True, True, True),
-        ({"Q8_0": 100}, False, False, True),
-        ({"F16": 100}, False, False, False),
+        ({"Q4_0": 90, "Q6_K": 10}, False, True, (), True),
+        ({"Q4_K": 60, "Q6_K": 40}, False, True, (), False),
+        ({"Q2_K": 90, "IQ4_NL": 10}, False, True, (), False),
+        ({"Q8_0": 100}, False, True, (), False),
+        ({"Q4_K": 60, "Q6_K": 40}, True, True, (), True),
+        ({"Q4_K": 60, "Q6_K": 40}, True, True, ("Q4_K", "Q6_K"), False),
+        ({"Q4_K": 60, "Q2_K": 40}, True, True, ("Q4_K", "Q6_K"), True),
+        ({"Q8_0": 100}, False, False, (), True),
+        ({"F16": 100}, False, False, (), False),
     ],
 )
 def test_repacking_pays_for_some_types_on_some_processors(
-    types: dict[str, int], amx: bool, x86: bool, pays: bool, monkeypatch: pytest.MonkeyPatch
+    types: dict[str, int],
+    amx: bool,
+    x86: bool,
+    mapped: tuple[str, ...],
+    pays: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("mse_runtime.backbone.cpu.has_amx", lambda: amx)
     monkeypatch.setattr("mse_runtime.backbone.cpu.is_x86", lambda: x86)
+    monkeypatch.setattr("mse_runtime.backbone.library.mapped_types", lambda: mapped)
     tensors = {
         f"blk.{i}.{kind}": TensorInfo(f"blk.{i}.{kind}", (8, 256), kind, 0, size)
         for i, (kind, size) in enumerate(types.items())

@@ -1,4 +1,4 @@
-"""Q4_0 weights in the layout that our product reads, also where llama.cpp would take AMX tiles."""
+"""Q4_0 weights in the layout that our product reads, and what stays as the file has it."""
 
 from __future__ import annotations
 
@@ -20,43 +20,53 @@ ours = pytest.mark.skipif(
 )
 
 
-def pattern(*tensors: tuple[str, tuple[int, ...], str]) -> str | None:
+def names(*tensors: tuple[str, tuple[int, ...], str]) -> list[str]:
     table = {name: TensorInfo(name, shape, kind, 0, 1) for name, shape, kind in tensors}
-    return repack._pattern(SimpleNamespace(tensors=table))  # type: ignore[arg-type]
+    return repack._names(SimpleNamespace(tensors=table))  # type: ignore[arg-type]
 
 
-def test_only_matrices_that_are_q4_0_in_every_layer() -> None:
-    found = pattern(
+def test_only_where_every_matrix_of_the_layers_can_be_repacked() -> None:
+    model = (
         ("token_embd.weight", (512, 64), "Q4_0"),
+        ("output.weight", (512, 64), "Q6_K"),
         ("blk.0.attn_norm.weight", (64,), "F32"),
         ("blk.0.attn_q.weight", (64, 64), "Q4_0"),
         ("blk.11.attn_q.weight", (64, 64), "Q4_0"),
         ("blk.0.attn_q.bias", (64,), "F32"),
         ("blk.0.ffn_down.weight", (64, 96), "Q4_0"),
+    )
+    assert names(*model) == ["attn_q", "ffn_down"]
+    for other in (
         ("blk.11.ffn_down.weight", (64, 96), "Q4_1"),
         ("blk.0.ffn_up.weight", (60, 64), "Q4_0"),  # llama.cpp repacks eight rows at a time
         ("blk.0.ffn_gate_exps.weight", (8, 96, 64), "Q4_0"),
-    )
-    assert found is not None
-    assert re.search(found, "blk.7.attn_q.weight")
-    for name in ("attn_norm.weight", "attn_q.bias", "ffn_down.weight", "ffn_up.weight"):
-        assert not re.search(found, f"blk.0.{name}")
-    assert not re.search(found, "blk.0.ffn_gate_exps.weight")
-    assert pattern(("blk.0.attn_q.weight", (64, 64), "Q8_0")) is None
+    ):
+        assert names(*model, other) == []
 
 
 @ours
 @pytest.mark.parametrize("arch", ["llama", "qwen", "qwen2", "chatglm"])
-def test_a_processor_with_amx_takes_it_too(
+def test_layers_are_repacked_and_the_output_matrix_stays(
     arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where there is no AMX: then llama.cpp chooses the same, and must not be disturbed."""
-    monkeypatch.setattr(cpu, "has_amx", lambda: True)
-    path = toy_gguf(tmp_path / "m.gguf", arch, dtype="q4_0")
+    monkeypatch.setattr(cpu, "has_amx", lambda: False)
+    lib, path = library.load(), toy_gguf(tmp_path / "m.gguf", arch, dtype="q4_0")
+    with Gguf.open(path) as gguf:
+        overrides = repack.repacked_q4_0(lib, gguf)
+        taken = [name for name in gguf.tensors if re.search(overrides[0].pattern.decode(), name)]
+        assert taken == [
+            name for name, info in gguf.tensors.items() if "blk." in name and len(info.shape) > 1
+        ]
+        output = gguf.tensors.get("output.weight", gguf.tensors["token_embd.weight"]).size
+        whole = sum(info.size for info in gguf.tensors.values())
     rows = np.arange(30)
     with Backbone.open(path, threads=2, extra_bufts=True) as backbone:
-        assert backbone.info["repacked"]
-        assert backbone.info["q4_0"] == library.q4_0_product()
+        assert backbone.info["product"] == library.q4_0_product()
+        buffers = backbone.info["buffers_mib"]
+        assert {name for name in buffers if name.endswith(" model")} == {
+            "CPU_REPACK model", "CPU_Mapped model",
+        }  # fmt: skip
+        assert 0 < buffers["CPU_REPACK model"] * 2**20 < whole - output
         before = ggml.calls()
         found = backbone.prefill(rows)
         assert ggml.calls() > before
@@ -67,46 +77,27 @@ def test_a_processor_with_amx_takes_it_too(
 
 
 @ours
-@pytest.mark.parametrize("amx", [True, False])
-def test_layers_are_repacked_and_the_output_matrix_stays(
-    amx: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cpu, "has_amx", lambda: amx)
-    lib, path = library.load(), toy_gguf(tmp_path / "m.gguf", "llama", dtype="q4_0")
-    with Gguf.open(path) as gguf:
-        assert repack.repacked_q4_0(lib, gguf) is not None
-        assert repack.output_stays_mapped(gguf)
-        output = gguf.tensors["output.weight"].size
-        whole = sum(info.size for info in gguf.tensors.values())
-    with Backbone.open(path, threads=1, extra_bufts=True) as backbone:
-        buffers = backbone.info["buffers_mib"]
-        assert {name for name in buffers if name.endswith(" model")} == {
-            "CPU_REPACK model", "CPU_Mapped model",
-        }  # fmt: skip
-        assert 0 < buffers["CPU_REPACK model"] * 2**20 < whole - output
-    with Gguf.open(path) as gguf:
-        monkeypatch.setattr(library, "q4_0_product", lambda: "llama.cpp")
-        assert repack.repacked_q4_0(lib, gguf) is None
-        assert not repack.output_stays_mapped(gguf)
-
-
-@ours
 def test_llama_cpp_looks_after_what_is_not_ours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another type in a layer, or an output matrix whose product is not all: its own choice."""
+    """Another product, another type in a layer, an output matrix that is not all, AMX."""
+    monkeypatch.setattr(cpu, "has_amx", lambda: False)
     lib = library.load()
     with Gguf.open(toy_gguf(tmp_path / "m.gguf", "llama", dtype="q4_0")) as gguf:
+        assert repack.output_stays_mapped(gguf)
+        name = "blk.0.ffn_down.weight"
+        for change in (
+            (cpu, "has_amx", lambda: True),
+            (library, "q4_0_product", lambda: "llama.cpp"),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(*change)
+                assert repack.repacked_q4_0(lib, gguf) is None
         with monkeypatch.context() as patch:
             patch.setitem(gguf.metadata, "llama.logit_scale", 2.0)
-            assert not repack.output_stays_mapped(gguf)
-        name = "blk.0.ffn_down.weight"
-        other = replace(gguf.tensors[name], type="Q4_1")
-        monkeypatch.setitem(gguf.tensors, name, other)
-        assert not repack.output_stays_mapped(gguf)
-        for amx in (True, False):
-            monkeypatch.setattr(cpu, "has_amx", lambda amx=amx: amx)
-            assert (repack.repacked_q4_0(lib, gguf) is not None) == amx
+            assert repack.repacked_q4_0(lib, gguf) is None
+        monkeypatch.setitem(gguf.tensors, name, replace(gguf.tensors[name], type="Q4_1"))
+        assert repack.repacked_q4_0(lib, gguf) is None
 
 
 @ours

@@ -17,17 +17,18 @@ from hypothesis import strategies as st
 from make_fixtures import toy_gguf
 
 from mse_kernels import ggml
-from mse_runtime.backbone import Backbone, library
+from mse_runtime.backbone import Backbone, cpu, library
 
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
 UNITS = {
-    "ggml_q4_0": ("-DMSE_AVX_VNNI", "-DMSE_AVX512_VNNI", "-DMSE_AMX"),
+    "ggml_q4_0": ("-DMSE_AVX_VNNI", "-DMSE_AVX512_VNNI"),
     "ggml_q4_0_avx2": AVX2,
     "ggml_q4_0_avx2 ": (*AVX2, "-mavxvnni", "-DMSE_AVX_VNNI"),
     "ggml_q4_0_avx512": (*AVX2, *AVX512),
-    "ggml_q4_0_amx": (*AVX2, *AVX512),
+    "ggml_mapped": ("-DMSE_AMX",),
+    "ggml_mapped_amx": (*AVX2, *AVX512),
     "tap": (),
     "reports": (),
 }
@@ -112,12 +113,13 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(name: str) -> None:
     assert all(np.array_equal(one, together) for one in again)
 
 
-def test_llama_cpp_calls_ours_by_name(tmp_path: Path) -> None:
+def test_llama_cpp_calls_ours_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "has_amx", lambda: False)  # there nothing is repacked for ours
     assert library.q4_0_product() == f"mse_kernels, {NAMES[0]}"  # loaded so in conftest.py
     path = toy_gguf(tmp_path / "m.gguf", "llama", dtype="q4_0")
     logits, counts = [], []
     with Backbone.open(path, threads=2, extra_bufts=True) as backbone:
-        assert backbone.info["q4_0"] == f"mse_kernels, {NAMES[0]}"
+        assert backbone.info["product"] == f"mse_kernels, {NAMES[0]}"
         for kernel in (*NAMES, None):
             ggml.use(kernel, FOLDER)
             before = ggml.calls()
@@ -143,9 +145,10 @@ def test_the_whole_package_imported_afterwards_takes_nothing_away(tmp_path: Path
     """It also takes llama.cpp's log, which tells what was repacked."""
     path = toy_gguf(tmp_path / "m.gguf", "llama", dtype="q4_0")
     code = (
-        "from mse_runtime.backbone import Backbone, library; library.load(); import llama_cpp\n"
+        "from mse_runtime.backbone import Backbone, cpu, library\n"
+        "library.load(); cpu.has_amx = lambda: False; import llama_cpp\n"
         f"with Backbone.open({str(path)!r}, threads=1, extra_bufts=True) as model:\n"
-        "    print(model.info['q4_0'])"
+        "    print(model.info['product'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == f"mse_kernels, {NAMES[0]}", done.stderr
@@ -175,7 +178,7 @@ def test_without_the_instructions_or_the_function_nothing_stands_in(
     # Then the runtime does not even load ours.
     code = (
         "from mse_runtime.backbone import library\n"
-        f"with library._faster_q4_0(library.Path({str(tmp_path)!r})): pass\n"
+        f"with library._faster_products(library.Path({str(tmp_path)!r})): pass\n"
         "print(library.q4_0_product(), 'mse_ggml' in open('/proc/self/maps').read())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -1,5 +1,5 @@
-// What llama.cpp calls (src/ggml_q4_0.cpp, src/tap.cpp, src/reports.cpp) under the sanitizers: buffers
-// of exactly the size that is needed, random shapes, against plain loops.
+// What llama.cpp calls (src/ggml_q4_0.cpp, src/ggml_mapped.cpp, src/tap.cpp, src/reports.cpp) under the
+// sanitizers: buffers of exactly the size that is needed, random shapes, against plain loops.
 //
 //   ggml ROUNDS SEED KERNEL...
 #include <algorithm>
@@ -20,6 +20,12 @@ extern "C" void ggml_gemm_q4_0_8x8_q8_0(int n, float *out, size_t stride, const 
 extern "C" uint64_t mse_ggml_calls(void);
 extern "C" int32_t mse_ggml_has(int32_t kernel);
 extern "C" void mse_ggml_use(void *original, int32_t kernel);
+
+extern "C" bool llamafile_sgemm(const void *params, int64_t m, int64_t n, int64_t k, const void *A,
+                                int64_t lda, const void *B, int64_t ldb, void *C, int64_t ldc,
+                                int a_type, int b_type, int c_type);
+extern "C" int32_t mse_mapped_has(void);
+extern "C" void mse_mapped_use(void *original, void *original_tiled, int32_t run, int64_t offset);
 
 static std::mt19937 random_bits;
 
@@ -78,6 +84,36 @@ static bool product() {
   return true;
 }
 
+// Of each type what a block of it and of its rows takes, and which the latter are. Values are compared
+// in tests/test_kernels_mapped.py; here one share against three, and what lies beside the result.
+static bool mapped() {
+  static const int types[][4] = {{2, 18, 8, 34},    {6, 22, 8, 34},    {8, 34, 8, 34},
+                                 {12, 144, 15, 292}, {13, 176, 15, 292}, {14, 210, 15, 292}};
+  const int *type = types[below(6)];
+  const int columns = 16 * (1 + below(5)), rows = 1 + below(90), blocks = 1 + below(5);
+  const int stride = columns + below(5);
+  std::vector<uint8_t> w(static_cast<size_t>(columns) * blocks * type[1]);
+  std::vector<uint8_t> a(static_cast<size_t>(rows) * blocks * type[3]);
+  for (auto *bytes : {&w, &a})
+    for (auto &byte : *bytes) byte = static_cast<uint8_t>(random_bits()) & 0x3f;
+  const float untouched = 12345.0f;
+  std::vector<float> out[2];
+  for (int threads : {1, 3}) {
+    auto &to = out[threads > 1];
+    to.assign(static_cast<size_t>(stride) * (rows - 1) + columns, untouched);
+    for (int thread = 0; thread < threads; thread++) {
+      const int params[] = {thread, threads};
+      if (!llamafile_sgemm(params, columns, rows, blocks, w.data(), blocks, a.data(), blocks, to.data(),
+                           stride, type[0], type[2], 0))
+        return printf("type %d is not ours\n", type[0]), false;
+    }
+  }
+  for (size_t i = 0; i < out[0].size(); i++)
+    if (out[0][i] != out[1][i] || (out[0][i] == untouched) != (static_cast<int>(i % stride) >= columns))
+      return printf("type %d: place %zu\n", type[0], i), false;
+  return true;
+}
+
 struct Node {
   const char *name;
   std::vector<float> values;
@@ -123,11 +159,13 @@ static bool reports() {
 int main(int argc, char **argv) {
   const int rounds = argc > 1 ? atoi(argv[1]) : 100;
   random_bits.seed(argc > 2 ? static_cast<unsigned>(atoi(argv[2])) : 0);
+  const bool tiles = mse_mapped_has();
+  mse_mapped_use(nullptr, nullptr, 1, 0);
   for (int k = 3; k < argc; k++) {
     if (!mse_ggml_has(atoi(argv[k]))) return printf("no kernel %s\n", argv[k]), 1;
     mse_ggml_use(nullptr, atoi(argv[k]));
     for (int i = 0; i < rounds; i++)
-      if (!product() || !tap() || !reports()) return printf("kernel %s, round %d\n", argv[k], i), 1;
+      if (!product() || (tiles && !mapped()) || !tap() || !reports()) return printf("kernel %s, round %d\n", argv[k], i), 1;
   }
   printf("%d products\n", static_cast<int>(mse_ggml_calls()));
   return 0;

@@ -26,7 +26,6 @@ SYMBOL = "ggml_gemm_q4_0_8x8_q8_0"
 _AVX2 = ("avx2", "fma", "f16c")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni")
 KERNELS = {
-    "amx_int8": (4, (*_AVX512, "amx_tile", "amx_int8")),
     "avx512_vnni": (3, _AVX512),
     "avx_vnni": (2, (*_AVX2, "avx_vnni")),
     "avx2": (1, _AVX2),

@@ -33,14 +33,8 @@ constexpr Entry kKernels[] = {
 #else
     {},
 #endif
-#ifdef MSE_AMX
-    {mse_ggml::amx_int8, mse_ggml::amx_scratch},
-#else
-    {},
-#endif
 };
 constexpr int kCount = sizeof kKernels / sizeof *kKernels;
-constexpr int kAmx = 4;
 
 std::atomic<Gemm> theirs{nullptr};
 std::atomic<const Entry *> own{nullptr};
@@ -66,13 +60,9 @@ bool run(const Entry &kernel, int n, float *out, size_t stride, const void *weig
 
 }  // namespace
 
-// 1 if this build has the kernel of that number, and the system lets it run.
+// 1 if this build has the kernel of that number.
 EXPORT int32_t mse_ggml_has(int32_t kernel) {
-  if (kernel <= 0 || kernel >= kCount || !kKernels[kernel].run) return 0;
-#ifdef MSE_AMX
-  if (kernel == kAmx) return mse_ggml::amx_allowed();
-#endif
-  return 1;
+  return kernel > 0 && kernel < kCount && kKernels[kernel].run;
 }
 
 // llama.cpp's own function, and the number of the kernel that is called instead from now on.

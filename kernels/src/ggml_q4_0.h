@@ -41,9 +41,6 @@ using Kernel = void (*)(int n, float *out, size_t stride, const void *weights,
 void avx2(int, float *, size_t, const void *, const void *, int, int, void *);
 void avx_vnni(int, float *, size_t, const void *, const void *, int, int, void *);
 void avx512_vnni(int, float *, size_t, const void *, const void *, int, int, void *);
-void amx_int8(int, float *, size_t, const void *, const void *, int, int, void *);
-bool amx_allowed();  // asks the system for the tiles' registers
-size_t amx_scratch(int n, int n_rows);
 inline size_t scratch(int n, int n_rows) {
   return static_cast<size_t>(n / kBlock) * (n_rows / 4) * sizeof(Rows);
 }

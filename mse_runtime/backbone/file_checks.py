@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mse_runtime.backbone import cpu
+from mse_runtime.backbone import cpu, library
 from mse_runtime.errors import BackboneError
 from mse_runtime.gguf import Gguf
 
@@ -67,12 +67,20 @@ def repacking_pays(gguf: Gguf) -> bool:
 
     On x86 without AMX llama.cpp multiplies K-quants faster from the file's own layout, whatever the
     length of a pass, and has no repacked layout for others; what is not repacked is mapped, which
-    takes no time.
+    takes no time. With AMX our own product takes the file's layout (`library.mapped_types`).
+    Loads llama.cpp.
     """
+    sizes = _matrices(gguf)
+    if sizes.keys() <= set(library.mapped_types()) and _flat(gguf):
+        return False
     if cpu.is_x86() and not cpu.has_amx():
-        sizes = _matrices(gguf)
         return 2 * sum(sizes.get(kind, 0) for kind in _FASTER_REPACKED) > sum(sizes.values())
     return may_repack(gguf)
+
+
+def _flat(gguf: Gguf) -> bool:
+    """Whether no matrix is a stack of experts' ones."""
+    return all(len(info.shape) < 3 for info in gguf.tensors.values())
 
 
 def _matrices(gguf: Gguf) -> dict[str, int]:

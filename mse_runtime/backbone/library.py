@@ -19,13 +19,14 @@ from typing import Any
 from mse_runtime.backbone.reports import redirect_log
 from mse_runtime.errors import BackboneError
 
-__all__ = ["Device", "build_id", "devices", "folder", "load", "q4_0_product"]
+__all__ = ["Device", "build_id", "devices", "folder", "load", "mapped_types", "q4_0_product"]
 
 _PACKAGE = "llama_cpp"
 _SPINS = 8000  # some hundred microseconds
 _lock = threading.Lock()
 _library: Any = None
 _q4_0 = "llama.cpp"
+_mapped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def load() -> Any:
         if _library is None:
             where = folder()
             try:
-                with _patience(), _faster_q4_0(where):
+                with _patience(), _faster_products(where):
                     lib = _import_bindings()
             except (ImportError, OSError, RuntimeError, AttributeError) as error:
                 raise BackboneError(
@@ -114,11 +115,11 @@ def _patience() -> Iterator[None]:
 
 
 @contextmanager
-def _faster_q4_0(where: Path) -> Iterator[None]:
-    """Around the loading of llama.cpp: our product of Q4_0 weights, where there is one."""
-    global _q4_0
+def _faster_products(where: Path) -> Iterator[None]:
+    """Around the loading of llama.cpp: our products of weights, where there are any."""
+    global _q4_0, _mapped
     try:
-        from mse_kernels import ggml
+        from mse_kernels import ggml, mapped
     except ImportError:  # the kernels are optional
         yield
         return
@@ -130,11 +131,20 @@ def _faster_q4_0(where: Path) -> Iterator[None]:
     yield
     if kernel := ggml.settle(where):
         _q4_0 = f"mse_kernels, {kernel}"
+    _mapped = mapped.settle(where)
 
 
 def q4_0_product() -> str:
     """Whose product of repacked Q4_0 weights runs: `mse_kernels, KERNEL` or `llama.cpp`."""
     return _q4_0
+
+
+def mapped_types() -> tuple[str, ...]:
+    """The types of weights that are multiplied as the mapped file has them, faster than from
+    another layout. Loads llama.cpp.
+    """
+    load()
+    return _mapped
 
 
 def _import_bindings() -> Any:

@@ -14,7 +14,7 @@ from mse_runtime.backbone import cpu, library
 from mse_runtime.backbone.file_checks import check_file, may_repack, repacking_pays
 from mse_runtime.backbone.head import make_tap
 from mse_runtime.backbone.mapped import STEP, CopiedPages
-from mse_runtime.backbone.repack import REPACKED, output_stays_mapped, repacked_q4_0
+from mse_runtime.backbone.repack import REPACKED, repacked_q4_0
 from mse_runtime.backbone.reports import log_errors, log_lines, log_mark, progress_callback
 from mse_runtime.backbone.rotary import TABLES, RopeTable, Rounding
 from mse_runtime.errors import BackboneError
@@ -121,7 +121,7 @@ def load_model(gguf: Gguf, options: Options, progress: Callable[[float], None] |
     except BaseException:
         free_model(lib, model)
         raise
-    info = _describe(lib, options, extra, warnings, log_lines(mark))
+    info = _describe(lib, gguf, options, extra, warnings, log_lines(mark))
     info |= {"mapped": not copies_weights(gguf, extra), "probe": probed}
     return Handles(lib, model, context, lib.llama_model_get_vocab(model), info)
 
@@ -173,7 +173,7 @@ def _load_weights(
     if extra and options.n_gpu_layers == 0:
         overrides = repacked_q4_0(lib, gguf)
         params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
-        if overrides is not None and output_stays_mapped(gguf):
+        if overrides is not None:
             params.use_extra_bufts = False
     no_devices = (ctypes.c_void_p * 1)(None)
     if options.n_gpu_layers == 0:  # an empty list: no GPU context (some 300 MB) is made
@@ -275,7 +275,7 @@ def make_context(lib: Any, model: Any, options: Options) -> Context:
 
 
 def _describe(
-    lib: Any, options: Options, extra: bool, warnings: list[str], lines: list[str]
+    lib: Any, gguf: Gguf, options: Options, extra: bool, warnings: list[str], lines: list[str]
 ) -> dict[str, Any]:
     buffers: dict[str, float] = {}
     offloaded = 0
@@ -301,7 +301,15 @@ def _describe(
         "threads": options.threads,
         "extra_bufts": extra,
         "repacked": repacked,
-        "q4_0": library.q4_0_product() if repacked else "llama.cpp",
+        "product": _product(gguf, extra, repacked),
         "buffers_mib": buffers,
         "warnings": warnings,
     }
+
+
+def _product(gguf: Gguf, extra: bool, repacked: bool) -> str:
+    """Whose product multiplies the weights: `mse_kernels, KERNEL` or `llama.cpp`."""
+    if extra:
+        return library.q4_0_product() if repacked else "llama.cpp"
+    types = {info.type for info in gguf.tensors.values()} & set(library.mapped_types())
+    return "mse_kernels, mapped" if types else "llama.cpp"

@@ -1,16 +1,14 @@
-"""Which layout llama.cpp keeps a Q4_0 model's weights in, where our product stands in for its own.
+"""Which of a Q4_0 model's weights llama.cpp repacks, where our product reads that layout.
 
-On processors with AMX llama.cpp takes a layout for its own tile kernels. Ours reads the one that it
-repacks for other processors, and is faster there (bench/latency.py, "answer / raw"). The output
-matrix stays as the file has it: labels are scored from a few of its rows (`head`), and repacking it
-all, a fifth of a small model, would only make loading longer.
+The output matrix stays as the file has it: labels are scored from a few of its rows (`head`), and
+repacking it all, a fifth of a small model, would only make loading longer. On processors with AMX
+nothing is repacked for ours (`library.mapped_types`), and llama.cpp has tile kernels of its own.
 """
 
 from __future__ import annotations
 
 import ctypes
 import re
-from collections import defaultdict
 from typing import Any
 
 from mse_runtime.backbone import cpu, library
@@ -34,41 +32,34 @@ class _Override(ctypes.Structure):
 def repacked_q4_0(lib: Any, gguf: Gguf) -> Any:
     """`llama_model_params.tensor_buft_overrides` for our product; None where llama.cpp chooses.
 
-    The array must live until the model is loaded.
+    With it llama.cpp need not look for another layout for the rest (`use_extra_bufts`). The array
+    must live until the model is loaded.
     """
-    pattern, buffer_type = _pattern(gguf), _buffer_type(lib)
-    if pattern is None or buffer_type is None:
+    if not output_stays_mapped(gguf):
         return None
-    if not cpu.has_amx() and not output_stays_mapped(gguf):  # its own choice is the same
-        return None
-    return (_Override * 2)(_Override(pattern.encode(), buffer_type), _Override(None, None))
+    pattern = rf"^blk\.[0-9]+\.({'|'.join(_names(gguf))})\.weight$"
+    return (_Override * 2)(_Override(pattern.encode(), _buffer_type(lib)), _Override(None, None))
 
 
 def output_stays_mapped(gguf: Gguf) -> bool:
     """Whether the layers' matrices are all in `repacked_q4_0`, and the output matrix is no matter.
 
-    Then llama.cpp need not look for another layout for the rest (`use_extra_bufts`). Loads
-    llama.cpp.
+    Loads llama.cpp.
     """
-    kinds = _kinds(gguf)
-    ours = bool(kinds) and all(map(all, kinds.values())) and Head(gguf).plain
-    return ours and _buffer_type(library.load()) is not None
+    if cpu.has_amx() or not _names(gguf) or not Head(gguf).plain:
+        return False
+    return _buffer_type(library.load()) is not None
 
 
-def _kinds(gguf: Gguf) -> dict[str, list[bool]]:
-    """Of the layers' matrices of each name: which can be repacked for our product."""
-    kinds: dict[str, list[bool]] = defaultdict(list)
+def _names(gguf: Gguf) -> list[str]:
+    """Names of the layers' matrices; none where one of them cannot be repacked for our product."""
+    names = set()
     for info in gguf.tensors.values():
         if (match := _LAYER_WEIGHT.fullmatch(info.name)) and len(info.shape) > 1:
-            fits = len(info.shape) == 2 and info.shape[0] % _COLUMNS == 0
-            kinds[match[1]].append(info.type == "Q4_0" and fits)
-    return kinds
-
-
-def _pattern(gguf: Gguf) -> str | None:
-    """An expression for the layers' matrices that can be repacked; None where there are none."""
-    names = [name for name, fit in _kinds(gguf).items() if all(fit)]
-    return rf"^blk\.[0-9]+\.({'|'.join(names)})\.weight$" if names else None
+            if info.type != "Q4_0" or len(info.shape) != 2 or info.shape[0] % _COLUMNS:
+                return []
+            names.add(match[1])
+    return sorted(names)
 
 
 def _buffer_type(lib: Any) -> int | None:

@@ -96,7 +96,7 @@ def _key(analyzer: Analyzer) -> str:
     """What the speed of a pass depends on: model, prompt, machine, llama.cpp and its settings."""
     info = analyzer.backbone_info
     bundle = analyzer.bundle
-    facts = [info[name] for name in ("build", "device", "offloaded_layers", "threads", "q4_0")]
+    facts = [info[name] for name in ("build", "device", "offloaded_layers", "threads", "product")]
     prompts = [repr(task.prompt) for task in bundle.tasks.values()]
     text = repr((bundle.backbone.gguf.sha256, prompts, facts, cpu_id()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

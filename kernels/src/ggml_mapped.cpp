@@ -1,0 +1,126 @@
+// The functions by which our product of mapped weights stands in for llama.cpp's: as in ggml_q4_0.cpp
+// the dynamic linker finds them here first. mse_kernels.mapped compares the products on a sample
+// before they are used, and what ours has not goes on to llama.cpp's.
+#include "ggml_mapped.h"
+
+#include <stdlib.h>
+
+#include <atomic>
+#include <vector>
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+using namespace mse_ggml;
+
+// What of ggml_compute_params is looked at: its beginning.
+struct Params {
+  int thread, threads;
+};
+
+using Sgemm = bool (*)(const Params *, int64_t, int64_t, int64_t, const void *, int64_t,
+                       const void *, int64_t, void *, int64_t, int, int, int);
+using Tiled = bool (*)(const Params *, const char *);
+
+struct Bytes {
+  int type, weights, rows_type, activations;  // bytes of a block
+};
+constexpr Bytes kTypes[] = {
+    {kQ4_0, 18, kQ8_0, 34},   {kQ5_0, 22, kQ8_0, 34},   {kQ8_0, 34, kQ8_0, 34},
+    {kQ4_K, 144, kQ8_K, 292}, {kQ5_K, 176, kQ8_K, 292}, {kQ6_K, 210, kQ8_K, 292},
+};
+
+struct Line {
+  alignas(64) char bytes[64];
+};
+
+std::atomic<Sgemm> sgemm{nullptr};
+std::atomic<Tiled> tiled{nullptr};
+std::atomic<bool> active{false};
+std::atomic<long> source{-1};  // offset of a tensor's first source; -1: not known
+std::atomic<uint64_t> calls{0};
+
+// Null where it is not ours.
+const Bytes *find(int type) {
+  if (!active.load(std::memory_order_acquire)) return nullptr;
+  for (const Bytes &known : kTypes)
+    if (known.type == type)
+      return known.rows_type == kQ8_0 || source.load(std::memory_order_relaxed) >= 0 ? &known : nullptr;
+  return nullptr;
+}
+
+// Sixteen columns at a time; and offsets of sixteen rows are 32 bits wide.
+bool fits(int64_t columns, int64_t row_bytes) {
+  return columns > 0 && columns % 16 == 0 && row_bytes > 0 && row_bytes < (1 << 26);
+}
+
+char *scratch(size_t wanted) {
+  static thread_local std::vector<Line> lines;
+  const size_t count = (wanted + sizeof(Line) - 1) / sizeof(Line);
+  if (lines.size() < count) lines.resize(count);
+  return lines.data()->bytes;
+}
+
+}  // namespace
+
+// 1 if this build has the product, and the system lets it run.
+EXPORT int32_t mse_mapped_has(void) {
+#ifdef MSE_AMX
+  return amx_allowed();
+#else
+  return 0;
+#endif
+}
+
+// llama.cpp's own functions; whether ours run from now on; where a tensor keeps its first source
+// (-1: K-quants are left to llama.cpp).
+EXPORT void mse_mapped_use(Sgemm original, Tiled original_tiled, int32_t run, int64_t offset) {
+  sgemm.store(original, std::memory_order_relaxed);
+  tiled.store(original_tiled, std::memory_order_relaxed);
+  source.store(static_cast<long>(offset), std::memory_order_relaxed);
+  active.store(run && mse_mapped_has(), std::memory_order_release);
+}
+
+// How often ours was called by name.
+EXPORT uint64_t mse_mapped_calls(void) { return calls.load(std::memory_order_relaxed); }
+
+// A thread's share of C = B A: A [m, k] weights, B [n, k] rows, in blocks of their types; ld: blocks
+// (of C floats) from row to row. False where it is left to others, and then for every thread.
+EXPORT bool llamafile_sgemm(const Params *params, int64_t m, int64_t n, int64_t k, const void *A,
+                            int64_t lda, const void *B, int64_t ldb, void *C, int64_t ldc,
+                            int a_type, int b_type, int c_type) {
+#ifdef MSE_AMX
+  const Bytes *type = find(a_type);
+  if (type && b_type == type->rows_type && c_type == kF32 && n > 0 && fits(m, lda * type->weights) &&
+      fits(16, ldb * type->activations)) {
+    const Mapped product = {static_cast<const uint8_t *>(A), static_cast<const uint8_t *>(B),
+                            static_cast<size_t>(lda * type->weights),
+                            static_cast<size_t>(ldb * type->activations), static_cast<int>(k),
+                            static_cast<int>(n), static_cast<float *>(C), static_cast<size_t>(ldc)};
+    const int64_t strips = m / 16;
+    const int begin = static_cast<int>(strips * params->thread / params->threads * 16);
+    const int end = static_cast<int>(strips * (params->thread + 1) / params->threads * 16);
+    // Without memory it ends here, as llama.cpp does: the other threads have begun.
+    if (begin < end)
+      amx_mapped(a_type, product, begin, end, scratch(amx_mapped_scratch(a_type, product)));
+    calls.fetch_add(1, std::memory_order_relaxed);
+    return true;
+  }
+#endif
+  const Sgemm original = sgemm.load(std::memory_order_acquire);
+  return original && original(params, m, n, k, A, lda, B, ldb, C, ldc, a_type, b_type, c_type);
+}
+
+// llama.cpp asks this one first for K-quants: what ours has is left to the function above.
+EXPORT bool ggml_compute_forward_mul_mat_tiled(const Params *params, const char *result) {
+  const long offset = source.load(std::memory_order_relaxed);
+  if (offset >= 0) {
+    const char *weights = *reinterpret_cast<const char *const *>(result + offset);
+    const auto *sizes = reinterpret_cast<const int64_t *>(weights + kSizes);
+    const Bytes *type = find(*reinterpret_cast<const int *>(weights));
+    if (type && fits(sizes[1], type->weights)) return false;
+  }
+  const Tiled original = tiled.load(std::memory_order_acquire);
+  return original && original(params, result);
+}

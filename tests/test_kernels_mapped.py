@@ -1,0 +1,202 @@
+"""Our product of weights as the file has them, against NumPy on dequantised weights."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from mse_kernels import mapped
+from mse_runtime.backbone import Backbone, library
+from mse_runtime.backbone.file_checks import repacking_pays
+from mse_runtime.gguf import Gguf
+from mse_runtime.probe_model import N_VOCAB, write_probe_model
+
+quants = pytest.importorskip("gguf.quants")
+
+FOLDER = library.folder()
+TYPES = library.mapped_types()
+Bytes = NDArray[np.uint8]
+pytestmark = pytest.mark.skipif(
+    not TYPES, reason="no AMX tiles, no Linux, or the kernel library was not built"
+)
+
+
+@pytest.fixture(autouse=True)
+def ours_afterwards() -> Iterator[None]:
+    yield
+    mapped.use(TYPES, FOLDER)
+
+
+def random_weights(name: str, columns: int, blocks: int, seed: int) -> Bytes:
+    rng = np.random.default_rng(seed)
+    _, _, size, _ = mapped.TYPES[name]
+    made = rng.integers(0, 256, (columns, blocks, size)).astype(np.uint8)
+    for at in mapped._SCALES.get(size, (0,)):
+        scales = rng.standard_normal((columns, blocks, 1)).astype("<f2")
+        made[..., at : at + 2] = scales.view(np.uint8)
+    return made.reshape(columns, -1)
+
+
+def random_rows(name: str, count: int, blocks: int, seed: int) -> tuple[Bytes, NDArray[np.float64]]:
+    """As ggml stores them, and their values [count, depth]."""
+    rng = np.random.default_rng(seed + 1)
+    _, _, _, (_, depth, size) = mapped.TYPES[name]
+    values = rng.integers(-127, 128, (count, blocks, depth)).astype(np.int8)
+    made = np.zeros((count, blocks, size), np.uint8)
+    if depth == 32:
+        scale = rng.standard_normal((count, blocks, 1)).astype("<f2")
+        made[..., :2], made[..., 2:] = scale.view(np.uint8), values.view(np.uint8)
+    else:
+        scale = rng.standard_normal((count, blocks, 1)).astype("<f4")
+        sums = values.reshape(count, blocks, 16, 16).sum(-1).astype("<i2")
+        made[..., :4], made[..., 4:260] = scale.view(np.uint8), values.view(np.uint8)
+        made[..., 260:] = sums.view(np.uint8)
+    exact = values * scale.astype(np.float64)
+    return made.reshape(count, -1), exact.reshape(count, -1)
+
+
+def plain(name: str, weights: Bytes, rows: NDArray[np.float64]) -> tuple[Any, Any]:
+    """[M, N] in float64, and the sum of the absolute products."""
+    kind = quants.GGMLQuantizationType[name]
+    w = quants.dequantize(weights, kind).astype(np.float64)
+    return rows @ w.T, np.abs(rows) @ np.abs(w).T
+
+
+def close(found: Any, expected: Any, size: Any) -> bool:
+    return bool((np.abs(found - expected) <= 2e-6 * size + 1e-6).all())
+
+
+@pytest.mark.parametrize("name", TYPES)
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 80), st.integers(1, 4), st.integers())
+def test_the_product_is_the_plain_one(
+    name: str, strips: int, blocks: int, count: int, threads: int, seed: int
+) -> None:
+    seed = abs(seed) % 1000
+    blocks *= 8 if name in ("Q4_0", "Q5_0", "Q8_0") else 1
+    weights = random_weights(name, 16 * strips, blocks + seed % 3, seed)
+    rows, values = random_rows(name, count, blocks + seed % 3, seed)
+    expected, size = plain(name, weights, values)
+    assert close(mapped.product(mapped.ours(), name, weights, rows, threads), expected, size)
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("byte", [0x00, 0x88, 0x7F, 0x81, 0xFF])
+def test_weights_at_the_ends_of_their_ranges(name: str, byte: int) -> None:
+    scaled = random_weights(name, 16, 3, 0)
+    weights = np.full_like(scaled, byte).reshape(16, 3, -1)
+    for at in mapped._SCALES.get(mapped.TYPES[name][2], (0,)):
+        weights[..., at : at + 2] = scaled.reshape(weights.shape)[..., at : at + 2]
+    weights = weights.reshape(16, -1)
+    rows, values = random_rows(name, 3, 3, 0)
+    expected, size = plain(name, weights, values)
+    assert close(mapped.product(mapped.ours(), name, weights, rows), expected, size)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_row_does_not_depend_on_the_rows_beside_it(name: str) -> None:
+    weights, (rows, _) = random_weights(name, 48, 37, 0), random_rows(name, 90, 37, 0)
+    together = mapped.product(mapped.ours(), name, weights, rows)
+    some = [mapped.product(mapped.ours(), name, weights, rows[i : i + 5]) for i in range(0, 90, 5)]
+    assert np.array_equal(together, np.concatenate(some))
+    with ThreadPoolExecutor(4) as pool:
+        again = list(
+            pool.map(lambda n: mapped.product(mapped.ours(), name, weights, rows, n + 1), range(4))
+        )
+    assert all(np.array_equal(one, together) for one in again)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_nothing_is_read_beyond_weights_and_rows(name: str) -> None:
+    """The last byte is the last one of a page, and the next page may not be read."""
+    weights, (rows, values) = random_weights(name, 32, 3, 1), random_rows(name, 17, 3, 1)
+    fenced = [_fenced(array) for array in (weights, rows)]
+    found = mapped.product(mapped.ours(), name, fenced[0][1], fenced[1][1])
+    assert close(found, *plain(name, weights, values))
+
+
+def _fenced(array: Bytes) -> tuple[mmap.mmap, Bytes]:
+    size = -(-array.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    pages = mmap.mmap(-1, size + mmap.PAGESIZE)
+    copy = np.frombuffer(pages, np.uint8, array.nbytes, size - array.nbytes).reshape(array.shape)
+    copy[:] = array
+    end = copy.ctypes.data + array.nbytes
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    return pages, copy
+
+
+def test_what_ours_has_not_goes_on_to_llama_cpp() -> None:
+    rows, values = random_rows("Q8_0", 5, 4, 0)
+    before = mapped.calls()
+    odd = random_weights("Q8_0", 20, 4, 0)  # not sixteen columns at a time
+    assert close(mapped.product(mapped.ours(), "Q8_0", odd, rows), *plain("Q8_0", odd, values))
+    even = random_weights("Q8_0", 32, 4, 0)
+    mapped.use((), FOLDER)
+    assert close(mapped.product(mapped.ours(), "Q8_0", even, rows), *plain("Q8_0", even, values))
+    assert mapped.calls() == before
+    assert mapped.settle(FOLDER) == TYPES
+    mapped.product(mapped.ours(), "Q8_0", even, rows)
+    assert mapped.calls() > before
+
+
+def test_another_product_is_left_to_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a later llama.cpp might do: the sample tells."""
+    real = mapped.theirs(FOLDER)
+
+    def other(*arguments: Any) -> bool:
+        done = bool(real(*arguments))
+        (ctypes.c_float * 1).from_address(arguments[8])[0] += 1.0
+        return done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mapped, "theirs", lambda *_: mapped._SGEMM(other))
+        assert mapped.settle(FOLDER) == ()
+        patch.setattr(mapped, "theirs", lambda *_: None)
+        assert mapped.settle(FOLDER) == ()
+    with monkeypatch.context() as patch:  # tensors that are laid out in another way
+        patch.setattr(mapped, "_source", lambda _: -1)
+        assert mapped.settle(FOLDER) == mapped._PLAIN
+    assert mapped.settle(FOLDER) == TYPES
+
+
+def test_a_model_of_several_types(tmp_path: Path) -> None:
+    """A layer each in Q4_0, Q8_0, Q4_K and Q6_K: K-quants have another way through llama.cpp."""
+    path = write_probe_model(tmp_path / "m.gguf")
+    ids = np.arange(40) % N_VOCAB
+    with Backbone.open(path, threads=2, extra_bufts=False) as backbone:
+        assert backbone.info["product"] == "mse_kernels, mapped"
+        assert backbone.info["mapped"]
+        found, counts = [], []
+        for names in (TYPES, mapped._PLAIN, ()):
+            mapped.use(names, FOLDER)
+            before = mapped.calls()
+            backbone.clear()
+            found.append(np.stack([backbone.prefill(ids), backbone.prefill([3])]))
+            counts.append(mapped.calls() - before)
+    assert counts[0] > counts[1] > 0 == counts[2]
+    for logits in found[:2]:
+        # The plain path rounds alike; only the order of the sums differs.
+        assert np.abs(logits - found[2]).max() <= 2e-3 * np.abs(found[2]).max()
+
+
+def test_models_of_these_types_are_not_repacked(tmp_path: Path) -> None:
+    code = (
+        "import sys; from mse_runtime.backbone import Backbone\n"
+        "with Backbone.open(sys.argv[1], threads=1) as model: print(model.info['product'])"
+    )
+    path = write_probe_model(tmp_path / "m.gguf")
+    with Gguf.open(path) as gguf:
+        assert not repacking_pays(gguf)
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert done.stdout.strip() == "mse_kernels, mapped", done.stderr
