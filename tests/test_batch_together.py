@@ -218,7 +218,7 @@ def test_no_memory_for_a_group_is_no_rows_fault(
 
 
 def fake(low_memory: bool = False, offloaded: int = 0) -> Any:
-    info = dict.fromkeys(("build", "device", "threads", "q4_0"), 1)
+    info = dict.fromkeys(("build", "device", "threads", "product"), 1)
     info["offloaded_layers"] = offloaded
     bundle = SimpleNamespace(
         tasks={}, backbone=SimpleNamespace(gguf=SimpleNamespace(sha256="0" * 64))
