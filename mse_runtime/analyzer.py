@@ -45,6 +45,7 @@ PASS, SEQUENCES = 512, 250
 """Positions that llama.cpp takes in one piece, and sequences that it knows."""
 FILLERS = 16
 """Rows that may fill a pass up (`backbone.batch.fillers`)."""
+NEARLY = 0.04  # seconds; a pass of its own costs more where it is worth hiding
 # Stages of `extract`, as the result names them.
 STAGES = {"probe": "decode", "decode": "decode", "audio": "features", "face": "features"}
 
@@ -366,12 +367,14 @@ class Analyzer(Loaded):
         """Prefill what stands before the pseudo tokens, if that pays; the ids still to be fed.
 
         It pays where more of the prompt stands before the pseudo tokens than after, and the
-        features are still being extracted: otherwise one pass is cheaper than two. The constant
-        part is a pass of its own whether or not it is cached, so that an answer does not depend on
-        what was asked before.
+        features are still being extracted: otherwise one pass is cheaper than two, even if it
+        has to wait a little. The constant part is a pass of its own whether or not it is cached,
+        so that an answer does not depend on what was asked before.
         """
         pending = prompt.early[self._prefill_constant(backbone, prompt) :]
-        if len(prompt.early) <= len(prompt.late) or features.done() or not len(pending):
+        if len(prompt.early) <= len(prompt.late) or not len(pending):
+            return pending
+        if wait([features], NEARLY).done:
             return pending
         backbone.prefill(backbone.embed(pending), logits="none")
         return pending[:0]

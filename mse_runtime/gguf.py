@@ -15,6 +15,7 @@ import math
 import mmap
 import os
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -43,6 +44,9 @@ __all__ = ["MAPPINGS", "Gguf", "TensorInfo"]
 
 MAPPINGS = threading.Lock()
 """Held while a mapping of a model's file goes, or while addresses of mappings are in use."""
+
+
+_SETTLED = 2.0  # seconds; file systems count time in coarser steps than they say
 
 
 class Gguf:
@@ -78,11 +82,25 @@ class Gguf:
         found._file, found._map = _map_file(found.path)
         found._stamp = _stamp(found._file)
         try:
-            found._read()
+            found._read_once()
         except BaseException:
             found.close()
             raise
         return found
+
+    def _read_once(self) -> None:
+        """Scan the header, unless it is the one that was scanned last: a model's file is opened
+        several times on the way to an answer.
+        """
+        global _last
+        key, last = _identity(self._file), _last
+        if key is None or last is None or last[0] != key:
+            self._read()
+            _last = (key, dict(self.metadata), dict(self.tensors), dict(self._arrays), self.version)
+            return
+        _, metadata, tensors, arrays, self.version = last
+        self.size = len(self._mapped())
+        self.metadata, self.tensors, self._arrays = dict(metadata), dict(tensors), dict(arrays)
 
     def _read(self) -> None:
         scan = Scan(self._mapped(), self.path)
@@ -188,6 +206,12 @@ class Gguf:
     ) -> None:
         self.close()
 
+    @property
+    def identity(self) -> str | None:
+        """A name of the file as it is, for what is remembered of it; None for a very new one."""
+        found = _identity(self._file)
+        return None if found is None else "-".join(map(str, found))
+
     # What the file says about the model
 
     def value(self, key: str, default: Scalar | None = None) -> Scalar:
@@ -236,9 +260,9 @@ class Gguf:
             return False
         scan = Scan(self._mapped(), self.path)
         scan.at = self._arrays[key].offset
-        seen = [
-            text.partition(b"\0")[0] for text in scan.strings(self._arrays[key].count, key) if text
-        ]
+        seen = list(filter(None, scan.strings(self._arrays[key].count, key)))
+        if b"\0" in b"".join(seen):
+            seen = [text.partition(b"\0")[0] for text in seen]
         return len(set(seen)) < len(seen)
 
     def array_length(self, key: str) -> int:
@@ -343,6 +367,19 @@ class Gguf:
         raw = self._data(info)
         flat = raw.reshape(info.elements // info.shape[-1], -1)
         return dequantize(flat, info.type).reshape(info.shape)
+
+
+_last: tuple[Any, dict[str, Scalar], dict[str, TensorInfo], dict[str, Array], int] | None = None
+
+
+def _identity(file: BinaryIO | None) -> tuple[int, ...] | None:
+    """What tells an unchanged file; None for one that is so new that a change might not show."""
+    if file is None:
+        return None
+    now = os.fstat(file.fileno())
+    if time.time() - now.st_mtime < _SETTLED:
+        return None
+    return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns
 
 
 def _stamp(file: BinaryIO) -> tuple[int, int]:

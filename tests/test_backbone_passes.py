@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +16,9 @@ from make_fixtures import ARCHES, toy_gguf
 
 from mse_runtime.backbone import Backbone, head
 from mse_runtime.backbone.batch import fillers
-from mse_runtime.backbone.file_checks import repacking_pays
+from mse_runtime.backbone.file_checks import check_file, repacking_pays
 from mse_runtime.errors import BackboneError
-from mse_runtime.gguf import TensorInfo
+from mse_runtime.gguf import Gguf, TensorInfo
 
 pytest_plugins = ("backbone_fixtures",)
 
@@ -241,3 +242,23 @@ def test_repacking_pays_for_some_types_on_some_processors(
     }
     tensors["token_embd.weight"] = TensorInfo("token_embd.weight", (8, 256), "Q4_0", 0, 900)
     assert repacking_pays(SimpleNamespace(tensors=tensors)) is pays  # type: ignore[arg-type]
+
+
+def test_a_vocabulary_is_looked_through_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = toy_gguf(tmp_path / "m.gguf", "llama")
+    looked = []
+    check = Gguf.has_repeats
+    monkeypatch.setattr(Gguf, "has_repeats", lambda *args: looked.append(1) or check(*args))
+
+    def checked() -> int:
+        with Gguf.open(path) as gguf:
+            check_file(gguf)
+        return len(looked)
+
+    assert [checked(), checked()] == [1, 2]  # just written: a change might not show
+    os.utime(path, (1e9, 1e9))
+    assert [checked(), checked()] == [3, 3]
+    os.utime(path, (1e9, 2e9))
+    assert checked() == 4

@@ -268,3 +268,32 @@ def test_any_damage_is_an_error_or_harmless(
         rows = found.rows([0, 1])
         assert rows.shape == (2, found.tensors["token_embd.weight"].shape[1])
         found.array("tokenizer.ggml.tokens")
+
+
+def test_a_header_is_scanned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the file is so new that a change might not show, or is another one."""
+    path = toy_gguf(tmp_path / "m.gguf", "llama")
+    scans = []
+    read = Gguf._read
+    monkeypatch.setattr(Gguf, "_read", lambda found: scans.append(1) or read(found))
+
+    def opened() -> tuple[object, ...]:
+        with Gguf.open(path) as gguf:
+            return (
+                gguf.version,
+                gguf.size,
+                gguf.metadata,
+                gguf.tensors,
+                gguf.array("tokenizer.ggml.tokens"),
+            )
+
+    first = opened()
+    assert opened() == first
+    assert len(scans) == 2  # just written
+    os.utime(path, (1e9, 1e9))
+    assert opened() == opened() == first
+    assert len(scans) == 3
+    toy_gguf(path, "llama", n_ff=64)
+    os.utime(path, (1e9, 1e9))
+    assert opened()[3] != first[3]
+    assert len(scans) == 4

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 import mse_kernels
+from mse_kernels.samples import between, whole
 
 __all__ = ["KERNELS", "SYMBOL", "calls", "kernels", "preload", "product", "settle", "theirs", "use"]
 
@@ -111,13 +112,12 @@ def settle(folder: Path) -> str | None:
     lib, other, names = preload(), theirs(folder, load=True), kernels()
     if lib is None or other is None:
         return None
-    rng = np.random.default_rng(0)
     # 68 rows and 20, in more depth than a tile takes at once: every path of every kernel.
     weights, activations = np.zeros((3, 19), WEIGHTS), np.zeros((17, 19), ACTIVATIONS)
-    weights["scale"] = rng.uniform(-0.02, 0.02, weights["scale"].shape)
-    weights["values"] = rng.integers(0, 256, weights["values"].shape)
-    activations["scale"] = rng.uniform(0, 0.02, activations["scale"].shape)
-    activations["values"] = rng.integers(-127, 128, activations["values"].shape)
+    weights["scale"] = between(weights["scale"].shape, -0.02, 0.02, 0)
+    weights["values"] = whole(weights["values"].shape, 0, 256, 1)
+    activations["scale"] = between(activations["scale"].shape, 0, 0.02, 2)
+    activations["values"] = whole(activations["values"].shape, -127, 128, 3)
     use(names[0], folder)
     samples = activations, activations[:5]
     found, expected = (

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mse_kernels import ggml
+from mse_kernels.samples import between, whole
 
 __all__ = ["TYPES", "calls", "ours", "product", "sample", "settle", "theirs", "types", "use"]
 
@@ -135,14 +136,13 @@ def sample(
     name: str, columns: int, rows: int, depth: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Random weights of a type [columns, bytes] and rows of its activations [rows, bytes]."""
-    rng = np.random.default_rng(0)
     _, values, size, (_, _, rows_size) = TYPES[name]
     made = []
-    for count, width in ((columns, size), (rows, rows_size)):
-        blocks = rng.integers(0, 256, (count, depth // values, width)).astype(np.uint8)
+    for seed, (count, width) in enumerate(((columns, size), (rows, rows_size))):
+        blocks = whole((count, depth // values, width), 0, 256, seed).astype(np.uint8)
         blocks[blocks == 0x80] = 0x81  # no quantiser gives -128, and llama.cpp cannot multiply it
         for at in _SCALES.get(width, (0,)):
-            scales = rng.uniform(0.001, 0.02, (*blocks.shape[:2], 1))
+            scales = between((*blocks.shape[:2], 1), 0.001, 0.02, seed)
             kind = "<f4" if width == _Q8_K[2] else "<f2"
             one = scales.astype(kind).view(np.uint8)
             blocks[..., at : at + one.shape[-1]] = one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mse_runtime import cache
 from mse_runtime.backbone import cpu, library
 from mse_runtime.errors import BackboneError
 from mse_runtime.gguf import Gguf
@@ -9,6 +10,7 @@ from mse_runtime.gguf import Gguf
 __all__ = ["check_file", "may_repack", "repacking_pays"]
 
 _FULLY_ROTATED = ("llama", "qwen", "qwen2")
+_CACHE, _MAX_REMEMBERED = "vocabularies.json", 64
 _MAX_LAYERS = 512  # llama.cpp's own limit
 _FASTER_REPACKED = {"Q4_0", "IQ4_NL", "MXFP4"}  # on x86 without AMX
 
@@ -35,7 +37,7 @@ def _contradiction(gguf: Gguf) -> str:
         return f"its embedding table is {width} wide, its metadata say {gguf.n_embd}"
     if tokens and tokens != n_vocab:
         return f"{tokens} tokens in the vocabulary, {n_vocab} rows in the embedding table"
-    if gguf.has_repeats("tokenizer.ggml.tokens"):
+    if _repeats(gguf):
         return "its vocabulary holds a token twice"
     if not 1 <= gguf.n_layer <= _MAX_LAYERS:
         return f"it has {gguf.n_layer} layers"
@@ -50,6 +52,18 @@ def _contradiction(gguf: Gguf) -> str:
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
         return f"its normalisation epsilon is {epsilon!r}"
     return ""
+
+
+def _repeats(gguf: Gguf) -> bool:
+    """Whether the vocabulary holds a token twice; files that do not are remembered."""
+    name, known = gguf.identity, cache.read_json(_CACHE)
+    if name in known:
+        return False
+    if gguf.has_repeats("tokenizer.ggml.tokens"):
+        return True
+    if name is not None:
+        cache.write_json(_CACHE, dict(list(known.items())[1 - _MAX_REMEMBERED :]) | {name: "ok"})
+    return False
 
 
 def may_repack(gguf: Gguf) -> bool:
