@@ -45,7 +45,8 @@ PASS, SEQUENCES = 512, 250
 """Positions that llama.cpp takes in one piece, and sequences that it knows."""
 FILLERS = 16
 """Rows that may fill a pass up (`backbone.batch.fillers`)."""
-NEARLY = 0.04  # seconds; a pass of its own costs more where it is worth hiding
+NEARLY = 0.04
+"""Seconds for which one pass that waits is cheaper than two."""
 # Stages of `extract`, as the result names them.
 STAGES = {"probe": "decode", "decode": "decode", "audio": "features", "face": "features"}
 
@@ -71,8 +72,8 @@ class Analyzer(Loaded):
         """Open a bundle by built-in name, folder or `org/repo[@revision]`.
 
         `threads`: None means the physical cores, or one for a small model. `n_gpu_layers`: None
-        lets the memory plan choose. `low_memory` keeps the weights as the mapped file (slower, no
-        repacked copy). `adapter` names a backend of `mse_runtime.adapter`. `require_gpu` refuses
+        lets the memory plan choose. `low_memory` keeps the weights as the mapped file (slower
+        where they would be repacked). `adapter` names a backend of `mse_runtime.adapter`. `require_gpu` refuses
         to run without one. `offline` never uses the network.
         """
         if not isinstance(bundle, Bundle):
@@ -218,6 +219,7 @@ class Analyzer(Loaded):
             room = len(prompt) + max(len(trie.tokens) + 1, task.max_new_tokens)
             backbone.reserve(room, trie.n_paths + 1)
             try:
+                wait([features], NEARLY)
                 with watch.stage("prefill"):
                     pending = self._prefill_early(backbone, prompt, features)
                 found = features.result()
@@ -367,14 +369,14 @@ class Analyzer(Loaded):
         """Prefill what stands before the pseudo tokens, if that pays; the ids still to be fed.
 
         It pays where more of the prompt stands before the pseudo tokens than after, and the
-        features are still being extracted: otherwise one pass is cheaper than two, even if it
-        has to wait a little. The constant part is a pass of its own whether or not it is cached,
-        so that an answer does not depend on what was asked before.
+        features are still being extracted: otherwise one pass is cheaper than two. The constant
+        part is a pass of its own whether or not it is cached, so that an answer does not depend on
+        what was asked before.
         """
         pending = prompt.early[self._prefill_constant(backbone, prompt) :]
         if len(prompt.early) <= len(prompt.late) or not len(pending):
             return pending
-        if wait([features], NEARLY).done:
+        if features.done():
             return pending
         backbone.prefill(backbone.embed(pending), logits="none")
         return pending[:0]

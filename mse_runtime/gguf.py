@@ -377,9 +377,9 @@ def _identity(file: BinaryIO | None) -> tuple[int, ...] | None:
     if file is None:
         return None
     now = os.fstat(file.fileno())
-    if time.time() - now.st_mtime < _SETTLED:
+    if time.time() - max(now.st_mtime, now.st_ctime) < _SETTLED:
         return None
-    return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns
+    return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
 
 
 def _stamp(file: BinaryIO) -> tuple[int, int]:

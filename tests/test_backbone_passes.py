@@ -221,6 +221,7 @@ def test_a_tree_of_several_passes_may_end_in_the_last_cell(tmp_path: Path) -> No
         ({"Q4_K": 60, "Q6_K": 40}, True, True, (), True),
         ({"Q4_K": 60, "Q6_K": 40}, True, True, ("Q4_K", "Q6_K"), False),
         ({"Q4_K": 60, "Q2_K": 40}, True, True, ("Q4_K", "Q6_K"), True),
+        ({"Q4_K": 60, "experts": 40}, True, True, ("Q4_K", "Q6_K"), True),
         ({"Q8_0": 100}, False, False, (), True),
         ({"F16": 100}, False, False, (), False),
     ],
@@ -238,6 +239,8 @@ def test_repacking_pays_for_some_types_on_some_processors(
     monkeypatch.setattr("mse_runtime.backbone.library.mapped_types", lambda: mapped)
     tensors = {
         f"blk.{i}.{kind}": TensorInfo(f"blk.{i}.{kind}", (8, 256), kind, 0, size)
+        if kind != "experts"
+        else TensorInfo(f"blk.{i}.{kind}", (4, 8, 256), "Q4_K", 0, size)
         for i, (kind, size) in enumerate(types.items())
     }
     tensors["token_embd.weight"] = TensorInfo("token_embd.weight", (8, 256), "Q4_0", 0, 900)
@@ -258,7 +261,7 @@ def test_a_vocabulary_is_looked_through_once(
         return len(looked)
 
     assert [checked(), checked()] == [1, 2]  # just written: a change might not show
-    os.utime(path, (1e9, 1e9))
+    monkeypatch.setattr("mse_runtime.gguf._SETTLED", -1.0)
     assert [checked(), checked()] == [3, 3]
     os.utime(path, (1e9, 2e9))
     assert checked() == 4

@@ -12,7 +12,7 @@ import pytest
 from make_fixtures import toy_gguf
 
 from mse_kernels import ggml
-from mse_runtime.backbone import Backbone, cpu, library, repack
+from mse_runtime.backbone import Backbone, library, repack
 from mse_runtime.gguf import Gguf, TensorInfo
 
 ours = pytest.mark.skipif(
@@ -49,7 +49,7 @@ def test_only_where_every_matrix_of_the_layers_can_be_repacked() -> None:
 def test_layers_are_repacked_and_the_output_matrix_stays(
     arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "has_amx", lambda: False)
+    monkeypatch.setattr(library, "mapped_types", lambda: ())
     lib, path = library.load(), toy_gguf(tmp_path / "m.gguf", arch, dtype="q4_0")
     with Gguf.open(path) as gguf:
         overrides = repack.repacked_q4_0(lib, gguf)
@@ -81,13 +81,13 @@ def test_llama_cpp_looks_after_what_is_not_ours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another product, another type in a layer, an output matrix that is not all, AMX."""
-    monkeypatch.setattr(cpu, "has_amx", lambda: False)
+    monkeypatch.setattr(library, "mapped_types", lambda: ())
     lib = library.load()
     with Gguf.open(toy_gguf(tmp_path / "m.gguf", "llama", dtype="q4_0")) as gguf:
         assert repack.output_stays_mapped(gguf)
         name = "blk.0.ffn_down.weight"
         for change in (
-            (cpu, "has_amx", lambda: True),
+            (library, "mapped_types", lambda: ("Q4_0",)),
             (library, "q4_0_product", lambda: "llama.cpp"),
         ):
             with monkeypatch.context() as patch:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from make_fixtures import toy_gguf
 
 from mse_kernels import ggml
-from mse_runtime.backbone import Backbone, cpu, library
+from mse_runtime.backbone import Backbone, library
 
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
@@ -114,7 +114,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(name: str) -> None:
 
 
 def test_llama_cpp_calls_ours_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "has_amx", lambda: False)  # there nothing is repacked for ours
+    monkeypatch.setattr(library, "mapped_types", lambda: ())  # else nothing is repacked for ours
     assert library.q4_0_product() == f"mse_kernels, {NAMES[0]}"  # loaded so in conftest.py
     path = toy_gguf(tmp_path / "m.gguf", "llama", dtype="q4_0")
     logits, counts = [], []
@@ -145,8 +145,8 @@ def test_the_whole_package_imported_afterwards_takes_nothing_away(tmp_path: Path
     """It also takes llama.cpp's log, which tells what was repacked."""
     path = toy_gguf(tmp_path / "m.gguf", "llama", dtype="q4_0")
     code = (
-        "from mse_runtime.backbone import Backbone, cpu, library\n"
-        "library.load(); cpu.has_amx = lambda: False; import llama_cpp\n"
+        "from mse_runtime.backbone import Backbone, library\n"
+        "library.load(); library.mapped_types = lambda: (); import llama_cpp\n"
         f"with Backbone.open({str(path)!r}, threads=1, extra_bufts=True) as model:\n"
         "    print(model.info['product'])"
     )
@@ -184,9 +184,9 @@ def test_without_the_instructions_or_the_function_nothing_stands_in(
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["llama.cpp", "False"], done.stderr
     with monkeypatch.context() as patch:
-        patch.setattr(ggml, "_flags", lambda: frozenset(ggml._AVX512) - {"avx512_vnni"})
+        patch.setattr(ggml, "flags", lambda: frozenset(ggml.AVX512) - {"avx512_vnni"})
         assert ggml.kernels() == ()
-        patch.setattr(ggml, "_flags", lambda: frozenset(ggml._AVX2))
+        patch.setattr(ggml, "flags", lambda: frozenset(ggml._AVX2))
         assert ggml.kernels() == ("avx2",)
     with monkeypatch.context() as patch:
         patch.setattr(ggml, "KERNELS", {"avx2": (1, ("avx2", "another"))})

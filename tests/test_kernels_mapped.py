@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mse_kernels import mapped
+from mse_kernels import ggml, mapped
 from mse_runtime.backbone import Backbone, library
 from mse_runtime.backbone.file_checks import repacking_pays
 from mse_runtime.gguf import Gguf
@@ -26,10 +26,12 @@ from mse_runtime.probe_model import N_VOCAB, write_probe_model
 quants = pytest.importorskip("gguf.quants")
 
 FOLDER = library.folder()
-TYPES = library.mapped_types()
+library.load()
+TYPES = tuple(mapped.TYPES)
+HERE = mapped._NEEDS <= ggml.flags() and bool(ggml.kernels())
 Bytes = NDArray[np.uint8]
 pytestmark = pytest.mark.skipif(
-    not TYPES, reason="no AMX tiles, no Linux, or the kernel library was not built"
+    not HERE, reason="no AMX tiles, no Linux, or the kernel library was not built"
 )
 
 
@@ -150,20 +152,30 @@ def test_what_ours_has_not_goes_on_to_llama_cpp() -> None:
     assert mapped.calls() > before
 
 
+def test_ours_is_in_use_and_llama_cpp_calls_it() -> None:
+    assert library.mapped_types() == TYPES == mapped.settle(FOLDER)
+    for name in TYPES:
+        before = mapped.calls()
+        assert mapped.graph_product(FOLDER, name) is not None
+        assert mapped.calls() > before
+
+
 def test_another_product_is_left_to_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a later llama.cpp might do: the sample tells."""
-    real = mapped.theirs(FOLDER)
-
-    def other(*arguments: Any) -> bool:
-        done = bool(real(*arguments))
-        (ctypes.c_float * 1).from_address(arguments[8])[0] += 1.0
-        return done
-
-    with monkeypatch.context() as patch:
-        patch.setattr(mapped, "theirs", lambda *_: mapped._SGEMM(other))
-        assert mapped.settle(FOLDER) == ()
-        patch.setattr(mapped, "theirs", lambda *_: None)
-        assert mapped.settle(FOLDER) == ()
+    """What a later llama.cpp might do: the samples tell."""
+    real = mapped.graph_product
+    counts = iter(range(100))
+    for change in (
+        ("graph_product", lambda *of: real(*of) + next(counts)),  # other numbers
+        ("graph_product", lambda *_: None),  # no graph
+        ("calls", lambda: 7),  # ours is not called
+        ("_NEEDS", frozenset({"amx_int9"})),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(mapped, *change)
+            assert mapped.settle(FOLDER) == ()
+        before = mapped.calls()
+        assert real(FOLDER, "Q8_0") is not None
+        assert mapped.calls() == before
     with monkeypatch.context() as patch:  # tensors that are laid out in another way
         patch.setattr(mapped, "_source", lambda _: -1)
         assert mapped.settle(FOLDER) == mapped._PLAIN

@@ -21,13 +21,16 @@ import numpy as np
 import mse_kernels
 from mse_kernels.samples import between, whole
 
-__all__ = ["KERNELS", "SYMBOL", "calls", "kernels", "preload", "product", "settle", "theirs", "use"]
+__all__ = [
+    "AVX512", "KERNELS", "SYMBOL", "calls", "flags", "kernels", "preload", "product", "settle",
+    "theirs", "use",
+]  # fmt: skip
 
 SYMBOL = "ggml_gemm_q4_0_8x8_q8_0"
 _AVX2 = ("avx2", "fma", "f16c")
-_AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni")
+AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni")
 KERNELS = {
-    "avx512_vnni": (3, _AVX512),
+    "avx512_vnni": (3, AVX512),
     "avx_vnni": (2, (*_AVX2, "avx_vnni")),
     "avx2": (1, _AVX2),
 }
@@ -74,7 +77,7 @@ def kernels() -> tuple[str, ...]:
 
 
 def _runnable(lib: ctypes.CDLL) -> tuple[str, ...]:
-    flags = _flags()
+    flags = flags()
     names = tuple(
         name
         for name, (number, needs) in KERNELS.items()
@@ -84,7 +87,8 @@ def _runnable(lib: ctypes.CDLL) -> tuple[str, ...]:
     return () if "avx512bw" in flags and "avx512_vnni" not in names else names
 
 
-def _flags() -> frozenset[str]:
+def flags() -> frozenset[str]:
+    """What the processor has, in the kernel's words."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -112,7 +116,7 @@ def settle(folder: Path) -> str | None:
     lib, other, names = preload(), theirs(folder, load=True), kernels()
     if lib is None or other is None:
         return None
-    # 68 rows and 20, in more depth than a tile takes at once: every path of every kernel.
+    # 68 rows and 20: every path of every kernel.
     weights, activations = np.zeros((3, 19), WEIGHTS), np.zeros((17, 19), ACTIVATIONS)
     weights["scale"] = between(weights["scale"].shape, -0.02, 0.02, 0)
     weights["values"] = whole(weights["values"].shape, 0, 256, 1)

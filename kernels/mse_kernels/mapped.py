@@ -3,8 +3,7 @@
 Weights that lie mapped need no copy in another layout, so a model is open as soon as its file is
 mapped. With int8 tiles (Intel AMX) nothing is lost by that; elsewhere llama.cpp runs its own.
 
-    mapped.settle(folder)       # after `ggml.preload` and the loading of llama.cpp
-    mapped.types()              # what ours multiplies from now on
+    types = mapped.settle(folder)       # after `ggml.preload` and the loading of llama.cpp
 """
 
 from __future__ import annotations
@@ -20,10 +19,11 @@ from numpy.typing import NDArray
 from mse_kernels import ggml
 from mse_kernels.samples import between, whole
 
-__all__ = ["TYPES", "calls", "ours", "product", "sample", "settle", "theirs", "types", "use"]
+__all__ = ["TYPES", "calls", "graph_product", "ours", "product", "sample", "settle", "theirs", "use"]
 
 SYMBOL = "llamafile_sgemm"
 TILED = "ggml_compute_forward_mul_mat_tiled"
+_NEEDS = frozenset((*ggml.AVX512, "amx_tile", "amx_int8"))
 _SGEMM = ctypes.CFUNCTYPE(
     ctypes.c_bool, ctypes.c_void_p, *[ctypes.c_int64] * 3, *[ctypes.c_void_p, ctypes.c_int64] * 3,
     *[ctypes.c_int] * 3,
@@ -40,18 +40,10 @@ TYPES = {
 """Name -> ggml's number, values and bytes of a block, and the same of the rows it multiplies."""
 _SCALES = {144: (0, 2), 176: (0, 2), 210: (208,)}  # where blocks of so many bytes have halves
 _PLAIN, _K_QUANTS = ("Q4_0", "Q5_0", "Q8_0"), ("Q4_K", "Q5_K", "Q6_K")
-_types: tuple[str, ...] = ()
-
-
 class _Params(ctypes.Structure):
     """The beginning of `ggml_compute_params`."""
 
     _fields_ = (("thread", ctypes.c_int), ("threads", ctypes.c_int), ("rest", ctypes.c_int64 * 6))
-
-
-def types() -> tuple[str, ...]:
-    """The types of weights that ours multiplies in this process."""
-    return _types
 
 
 def theirs(folder: Path, symbol: str = SYMBOL) -> Any:
@@ -64,42 +56,43 @@ def theirs(folder: Path, symbol: str = SYMBOL) -> Any:
 
 
 def settle(folder: Path) -> tuple[str, ...]:
-    """What ours multiplies from now on: ours and theirs agree on a sample; empty without tiles.
+    """What ours multiplies from now on: llama.cpp calls it and the results are its own's.
 
-    K-quants, which llama.cpp multiplies by the file's layout elsewhere, only where its tensors are
-    laid out as we read them.
+    Compared are products that llama.cpp computes, with ours and without; empty where one differs or
+    ours is not called. K-quants, which llama.cpp looks after in another place, only where its
+    tensors are laid out as we read them there.
     """
-    lib, other = _library(), theirs(folder)
     use((), folder)
-    if lib is None or other is None or not lib.mse_mapped_has():
+    lib = _library()
+    if lib is None or not ggml.flags() >= _NEEDS or not lib.mse_mapped_has():
         return ()
-    if ggml._address(getattr(ctypes.CDLL(None), SYMBOL)) != ggml._address(getattr(lib, SYMBOL)):
-        return ()  # another's was there before
-    if hasattr(cpu := _loaded(folder, "cpu"), "ggml_cpu_init"):
-        cpu.ggml_cpu_init()  # its tables of halves; with its first model it would do so anyway
-    use(_PLAIN, folder)
-    for name in _PLAIN:
-        # Two strips, a tile of rows and a part of one, in more depth than is unpacked at once.
-        weights, rows = sample(name, 32, 20, 19 * 32)
-        found, expected = (product(f, name, weights, rows) for f in (ours(), other))
-        if not np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max():
+    names = tuple(TYPES) if _source(folder) >= 0 else _PLAIN
+    for name in names:
+        found = []
+        for kinds in ((), names):
+            use(kinds, folder)
+            before = calls()
+            found.append(graph_product(folder, name))
+        if found[0] is None or found[1] is None or calls() == before:
             use((), folder)
             return ()
-    if _source(folder) >= 0:
-        use(tuple(TYPES), folder)
-    return _types
+        if not np.abs(found[1] - found[0]).max() <= 1e-4 * np.abs(found[0]).max():
+            use((), folder)
+            return ()
+    return names
 
 
 def use(names: tuple[str, ...], folder: Path) -> None:
     """Which types ours multiplies in this process from now on: all, the plain ones or none."""
-    global _types
-    lib, other, tiled = _library(), theirs(folder), theirs(folder, TILED)
-    if lib is None or other is None:
+    lib = _library()
+    if lib is None:
         return
     offset = _source(folder) if set(_K_QUANTS) & set(names) else -1
-    plain, k_quants = (ctypes.cast(f, ctypes.c_void_p) if f else None for f in (other, tiled))
-    lib.mse_mapped_use(plain, k_quants, int(bool(names)), offset)
-    _types = names
+    plain, tiled = (
+        ctypes.cast(f, ctypes.c_void_p) if f else None
+        for f in (theirs(folder), theirs(folder, TILED))
+    )
+    lib.mse_mapped_use(plain, tiled, int(bool(names)), offset)
 
 
 def calls() -> int:
@@ -171,32 +164,76 @@ def _loaded(folder: Path, name: str) -> Any:
     return None
 
 
+def graph_product(folder: Path, name: str) -> NDArray[np.float32] | None:
+    """A product [20, 32] that llama.cpp computes, of weights of a type; None where it cannot.
+
+    Two strips of columns, a tile of rows and a part of one, in more depth than is unpacked at once.
+    """
+    base, cpu = _functions(folder)
+    if base is None:
+        return None
+    columns, rows, depth = 32, 20, 19 * 32 if name in _PLAIN else 3 * 256
+    weights = sample(name, columns, rows, depth)[0]
+    values = between((rows, depth), -1.0, 1.0, 2).astype(np.float32)
+    context = base.ggml_init(_InitParams(1 << 20, None, False))
+    if not context:
+        return None
+    try:
+        w = base.ggml_new_tensor_2d(context, TYPES[name][0], depth, columns)
+        x = base.ggml_new_tensor_2d(context, 0, depth, rows)
+        for tensor, array in ((w, weights), (x, values)):
+            ctypes.memmove(base.ggml_get_data(tensor), array.ctypes.data, array.nbytes)
+        result, graph = base.ggml_mul_mat(context, w, x), base.ggml_new_graph(context)
+        base.ggml_build_forward_expand(graph, result)
+        if cpu.ggml_graph_compute_with_ctx(context, graph, 1):
+            return None
+        out = np.empty((rows, columns), np.float32)
+        ctypes.memmove(out.ctypes.data, base.ggml_get_data(result), out.nbytes)
+        return out
+    finally:
+        base.ggml_free(context)
+
+
 def _source(folder: Path) -> int:
     """Where a ggml_tensor keeps its first source; -1 where it is not laid out as we read it."""
-    lib = _loaded(folder, "base")
-    try:
-        lib.ggml_init.argtypes, lib.ggml_init.restype = [_InitParams], ctypes.c_void_p
-        lib.ggml_free.argtypes, lib.ggml_free.restype = [ctypes.c_void_p], None
-        lib.ggml_new_tensor_2d.argtypes = [
-            ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64
-        ]  # fmt: skip
-        lib.ggml_mul_mat.argtypes = [ctypes.c_void_p] * 3
-        lib.ggml_new_tensor_2d.restype = lib.ggml_mul_mat.restype = ctypes.c_void_p
-    except AttributeError:
-        return -1
-    context = lib.ggml_init(_InitParams(1 << 16, None, True))
+    base, _ = _functions(folder)
+    context = base.ggml_init(_InitParams(1 << 16, None, True)) if base else None
     if not context:
         return -1
     try:
-        weights = lib.ggml_new_tensor_2d(context, TYPES["Q4_K"][0], 256, 48)
-        result = lib.ggml_mul_mat(context, weights, lib.ggml_new_tensor_2d(context, 0, 256, 5))
+        kind = TYPES["Q4_K"][0]
+        weights = base.ggml_new_tensor_2d(context, kind, 256, 48)
+        result = base.ggml_mul_mat(context, weights, base.ggml_new_tensor_2d(context, 0, 256, 5))
         words = (ctypes.c_uint64 * 40).from_address(result)
         sizes = (ctypes.c_int64 * 4).from_address(weights)
         places = [8 * i for i, word in enumerate(words) if word == weights]
-        known = ctypes.c_int.from_address(weights).value == TYPES["Q4_K"][0]
-        return places[0] if len(places) == 1 and known and sizes[2:] == [256, 48] else -1
+        known = ctypes.c_int.from_address(weights).value == kind and sizes[2:] == [256, 48]
+        return places[0] if len(places) == 1 and known else -1
     finally:
-        lib.ggml_free(context)
+        base.ggml_free(context)
+
+
+def _functions(folder: Path) -> tuple[Any, Any]:
+    """ggml's libraries with the functions used here declared; (None, None) where one is missing."""
+    base, cpu = _loaded(folder, "base"), _loaded(folder, "cpu")
+    pointer, whole = ctypes.c_void_p, ctypes.c_int64
+    wanted = (
+        (base, "ggml_init", pointer, [_InitParams]),
+        (base, "ggml_free", None, [pointer]),
+        (base, "ggml_new_tensor_2d", pointer, [pointer, ctypes.c_int, whole, whole]),
+        (base, "ggml_mul_mat", pointer, [pointer] * 3),
+        (base, "ggml_get_data", pointer, [pointer]),
+        (base, "ggml_new_graph", pointer, [pointer]),
+        (base, "ggml_build_forward_expand", None, [pointer] * 2),
+        (cpu, "ggml_graph_compute_with_ctx", ctypes.c_int, [pointer, pointer, ctypes.c_int]),
+    )
+    try:
+        for library, name, result, arguments in wanted:
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except AttributeError:
+        return None, None
+    return base, cpu
 
 
 class _InitParams(ctypes.Structure):

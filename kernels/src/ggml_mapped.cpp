@@ -3,8 +3,6 @@
 // before they are used, and what ours has not goes on to llama.cpp's.
 #include "ggml_mapped.h"
 
-#include <stdlib.h>
-
 #include <atomic>
 #include <vector>
 
@@ -55,7 +53,7 @@ bool fits(int64_t columns, int64_t row_bytes) {
   return columns > 0 && columns % 16 == 0 && row_bytes > 0 && row_bytes < (1 << 26);
 }
 
-char *scratch(size_t wanted) {
+[[maybe_unused]] char *scratch(size_t wanted) {
   static thread_local std::vector<Line> lines;
   const size_t count = (wanted + sizeof(Line) - 1) / sizeof(Line);
   if (lines.size() < count) lines.resize(count);
@@ -89,7 +87,7 @@ EXPORT uint64_t mse_mapped_calls(void) { return calls.load(std::memory_order_rel
 // (of C floats) from row to row. False where it is left to others, and then for every thread.
 EXPORT bool llamafile_sgemm(const Params *params, int64_t m, int64_t n, int64_t k, const void *A,
                             int64_t lda, const void *B, int64_t ldb, void *C, int64_t ldc,
-                            int a_type, int b_type, int c_type) {
+                            int a_type, int b_type, int c_type) noexcept {
 #ifdef MSE_AMX
   const Bytes *type = find(a_type);
   if (type && b_type == type->rows_type && c_type == kF32 && n > 0 && fits(m, lda * type->weights) &&

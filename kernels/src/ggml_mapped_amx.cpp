@@ -283,7 +283,7 @@ void pack_rows(const Mapped &p, Rows<F::kDepth> *to) {
   }
 }
 
-// Tiles 0 to 3 are sums, 4 and 5 columns, 6 and 7 rows.
+// Tiles 0 and 1 are sums, 4 and 5 columns, 6 and 7 rows.
 #define MSE_DOT(sum, columns, rows)           \
   asm volatile("tilezero %%tmm" #sum "\n\t"   \
                "tdpbssd %%tmm" #rows ", %%tmm" #columns ", %%tmm" #sum ::)

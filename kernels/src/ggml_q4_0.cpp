@@ -14,30 +14,25 @@ namespace {
 
 using Gemm = void (*)(int, float *, size_t, const void *, const void *, int, int);
 
-struct Entry {
-  mse_ggml::Kernel run;
-  size_t (*scratch)(int n, int n_rows);
-};
-
 // By number, as mse_kernels.ggml has them; 0 is llama.cpp's own.
-constexpr Entry kKernels[] = {
-    {},
-    {mse_ggml::avx2, mse_ggml::scratch},
+constexpr mse_ggml::Kernel kKernels[] = {
+    nullptr,
+    mse_ggml::avx2,
 #ifdef MSE_AVX_VNNI
-    {mse_ggml::avx_vnni, mse_ggml::scratch},
+    mse_ggml::avx_vnni,
 #else
-    {},
+    nullptr,
 #endif
 #ifdef MSE_AVX512_VNNI
-    {mse_ggml::avx512_vnni, mse_ggml::scratch},
+    mse_ggml::avx512_vnni,
 #else
-    {},
+    nullptr,
 #endif
 };
 constexpr int kCount = sizeof kKernels / sizeof *kKernels;
 
 std::atomic<Gemm> theirs{nullptr};
-std::atomic<const Entry *> own{nullptr};
+std::atomic<mse_ggml::Kernel> own{nullptr};
 std::atomic<uint64_t> calls{0};
 
 struct Line {
@@ -45,16 +40,16 @@ struct Line {
 };
 
 // False without memory for the kernel's scratch: nothing was done.
-bool run(const Entry &kernel, int n, float *out, size_t stride, const void *weights,
+bool run(mse_ggml::Kernel kernel, int n, float *out, size_t stride, const void *weights,
          const void *activations, int n_rows, int n_columns) {
   static thread_local std::vector<Line> lines;
-  const size_t wanted = (kernel.scratch(n, n_rows) + sizeof(Line) - 1) / sizeof(Line);
+  const size_t wanted = (mse_ggml::scratch(n, n_rows) + sizeof(Line) - 1) / sizeof(Line);
   try {
     if (lines.size() < wanted) lines.resize(wanted);
   } catch (...) {
     return false;
   }
-  kernel.run(n, out, stride, weights, activations, n_rows, n_columns, lines.data());
+  kernel(n, out, stride, weights, activations, n_rows, n_columns, lines.data());
   return true;
 }
 
@@ -62,13 +57,13 @@ bool run(const Entry &kernel, int n, float *out, size_t stride, const void *weig
 
 // 1 if this build has the kernel of that number.
 EXPORT int32_t mse_ggml_has(int32_t kernel) {
-  return kernel > 0 && kernel < kCount && kKernels[kernel].run;
+  return kernel > 0 && kernel < kCount && kKernels[kernel];
 }
 
 // llama.cpp's own function, and the number of the kernel that is called instead from now on.
 EXPORT void mse_ggml_use(Gemm original, int32_t kernel) {
   theirs.store(original, std::memory_order_release);
-  own.store(mse_ggml_has(kernel) ? &kKernels[kernel] : nullptr, std::memory_order_release);
+  own.store(mse_ggml_has(kernel) ? kKernels[kernel] : nullptr, std::memory_order_release);
 }
 
 // How often ours was called by name.
@@ -76,8 +71,8 @@ EXPORT uint64_t mse_ggml_calls(void) { return calls.load(std::memory_order_relax
 
 EXPORT void ggml_gemm_q4_0_8x8_q8_0(int n, float *out, size_t stride, const void *weights,
                                     const void *activations, int n_rows, int n_columns) {
-  const Entry *kernel = own.load(std::memory_order_acquire);
-  if (kernel && run(*kernel, n, out, stride, weights, activations, n_rows, n_columns)) {
+  const mse_ggml::Kernel kernel = own.load(std::memory_order_acquire);
+  if (kernel && run(kernel, n, out, stride, weights, activations, n_rows, n_columns)) {
     calls.fetch_add(1, std::memory_order_relaxed);
     return;
   }

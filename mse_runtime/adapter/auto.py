@@ -165,11 +165,12 @@ _LIBRARIES = ("onnxruntime", "mse_runtime", "numpy")
 
 def _stamp(name: str) -> list[int]:
     """Tells one installation of a package from another. (Asking for versions takes 40 ms.)"""
-    spec = find_spec(name)
-    if spec is None:
+    try:
+        spec = find_spec(name)
+        stats = [Path(spec.origin).stat()] if spec and spec.origin else []
+    except (OSError, ValueError):
         return []
-    places = [spec.origin] if spec.origin else list(spec.submodule_search_locations or ())
-    return [Path(place).stat().st_mtime_ns for place in places]
+    return [number for stat in stats for number in (stat.st_mtime_ns, stat.st_size, stat.st_ino)]
 
 
 def cpu_model() -> str:

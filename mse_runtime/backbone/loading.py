@@ -301,15 +301,17 @@ def _describe(
         "threads": options.threads,
         "extra_bufts": extra,
         "repacked": repacked,
-        "product": _product(gguf, extra, repacked),
+        "product": _product(gguf, extra, repacked, offloaded),
         "buffers_mib": buffers,
         "warnings": warnings,
     }
 
 
-def _product(gguf: Gguf, extra: bool, repacked: bool) -> str:
-    """Whose product multiplies the weights: `mse_kernels, KERNEL` or `llama.cpp`."""
+def _product(gguf: Gguf, extra: bool, repacked: bool, offloaded: int) -> str:
+    """Whose product multiplies the weights on the CPU: `mse_kernels, KERNEL` or `llama.cpp`."""
+    if offloaded > gguf.n_layer:
+        return "llama.cpp"
     if extra:
         return library.q4_0_product() if repacked else "llama.cpp"
-    types = {info.type for info in gguf.tensors.values()} & set(library.mapped_types())
-    return "mse_kernels, mapped" if types else "llama.cpp"
+    types = {info.type for name, info in gguf.tensors.items() if name != "token_embd.weight"}
+    return "mse_kernels, mapped" if types & set(library.mapped_types()) else "llama.cpp"

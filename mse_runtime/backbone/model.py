@@ -76,7 +76,8 @@ class Backbone(Passes):
         threads: default one for each physical core.
         n_gpu_layers: layers to put on the GPU; 0 none, -1 all.
         kv_type: `f32` doubles the cache and makes runs comparable to 1e-4.
-        low_memory: keep the weights as they are in the mapped file (no repacked copy), slower.
+        low_memory: keep the weights as they are in the mapped file: slower where they would be
+            repacked.
         extra_bufts: allow repacking and AMX; None asks the first-run probe (see `probe`).
         flash_attention: None lets llama.cpp decide; with `f32` None means no, since flash
         attention rounds the cache to float16.

@@ -1,8 +1,9 @@
 """Which of a Q4_0 model's weights llama.cpp repacks, where our product reads that layout.
 
 The output matrix stays as the file has it: labels are scored from a few of its rows (`head`), and
-repacking it all, a fifth of a small model, would only make loading longer. On processors with AMX
-nothing is repacked for ours (`library.mapped_types`), and llama.cpp has tile kernels of its own.
+repacking it all, a fifth of a small model, would only make loading longer. Where ours takes the
+file's layout (`library.mapped_types`) nothing is repacked for it; files of several types, of which
+one is not ours, are left to llama.cpp, which has tile kernels of its own there.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import ctypes
 import re
 from typing import Any
 
-from mse_runtime.backbone import cpu, library
+from mse_runtime.backbone import library
 from mse_runtime.backbone.head import Head
 from mse_runtime.gguf import Gguf
 
@@ -46,7 +47,7 @@ def output_stays_mapped(gguf: Gguf) -> bool:
 
     Loads llama.cpp.
     """
-    if cpu.has_amx() or not _names(gguf) or not Head(gguf).plain:
+    if library.mapped_types() or not _names(gguf) or not Head(gguf).plain:
         return False
     return _buffer_type(library.load()) is not None
 

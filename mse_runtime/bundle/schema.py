@@ -37,7 +37,7 @@ __all__ = [
     "VersionError",
 ]
 
-SCHEMA_VERSION = "1.1"
+SCHEMA_VERSION = "1.2"
 MANIFEST = "manifest.json"
 
 
@@ -148,7 +148,8 @@ class Task:
     """A `str.format` field for the number, such as "{:+.1f}"."""
     number_scale: float | None = None
     """What the number is written times, if not 1: 1.5 is "+15" with "{:+03.0f}" and 10. People wait
-    for every token of a number but its last, for a point as well."""
+    for every token of a number but its last, for a point as well. All need the same width: one
+    may not begin like another."""
     labels: tuple[Label, ...] = ()
 
     def number_text(self, number: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -103,27 +104,36 @@ def _fit(task: Task, info: DataSetInfo, *, numbered: bool) -> Task:
         task = replace(task, labels=labels)
     elif info.range and info.range != task.range:
         low, high = info.range
-        task = _spelled(replace(task, range=(low, high), step=0.1 if high - low <= 20 else 1.0))
+        fitted = _spelled(replace(task, range=(low, high), step=0.1 if high - low <= 20 else 1.0))
         words = {"-3.0": f"{low:.1f}", "+3.0": f"{high:+.1f}", " 3.0]": f" {high:.1f}]"}
-        words |= {"-30": task.number_text(low), "+30": task.number_text(high)}
+        if task.number_scale is not None:
+            words = {"-30": fitted.number_text(low), "+30": fitted.number_text(high)}
+        task = fitted
     return replace(task, prompt=tuple(_reworded(segment, words) for segment in task.prompt))
 
 
 def _spelled(task: Task) -> Task:
-    """Numbers without a point: in steps, and all with the digits of the longest."""
+    """Numbers without a point, in tenths or ones, and all with the digits of the longest."""
     if task.number_scale is None or task.range is None or task.step is None:
         return task
-    scale = round(1 / task.step)
+    ends = (*task.range, task.step)
+    scale = 1.0 if all(end == round(end) for end in ends) else 10.0
+    if any(abs(end * scale - round(end * scale)) > 1e-9 for end in ends):
+        return replace(task, number_format="{:+.1f}", number_scale=1.0)
     digits = len(str(round(max(map(abs, task.range)) * scale)))
-    return replace(task, number_format=f"{{:+0{digits + 1}.0f}}", number_scale=float(scale))
+    return replace(
+        task,
+        number_format=f"{{:+0{digits + 1}.0f}}",
+        number_scale=scale,
+        max_new_tokens=digits + 2,
+    )
 
 
 def _reworded(segment: Segment, words: dict[str, str]) -> Segment:
     if segment.text is None:
         return segment
-    text = segment.text
-    for old, new in words.items():
-        text = text.replace(old, new)
+    old = "|".join(map(re.escape, words))
+    text = re.sub(old, lambda found: words[found[0]], segment.text) if words else segment.text
     return replace(segment, text=text)
 
 
