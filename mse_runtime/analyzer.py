@@ -73,8 +73,8 @@ class Analyzer(Loaded):
 
         `threads`: None means the physical cores, or one for a small model. `n_gpu_layers`: None
         lets the memory plan choose. `low_memory` keeps the weights as the mapped file (slower
-        where they would be repacked). `adapter` names a backend of `mse_runtime.adapter`. `require_gpu` refuses
-        to run without one. `offline` never uses the network.
+        where they would be repacked). `adapter` names a backend of `mse_runtime.adapter`.
+        `require_gpu` refuses to run without one. `offline` never uses the network.
         """
         if not isinstance(bundle, Bundle):
             folder = resolve_bundle(str(bundle), offline=offline)

@@ -28,7 +28,7 @@ quants = pytest.importorskip("gguf.quants")
 FOLDER = library.folder()
 library.load()
 TYPES = tuple(mapped.TYPES)
-HERE = mapped._NEEDS <= ggml.flags() and bool(ggml.kernels())
+HERE = ggml.flags() >= mapped._NEEDS and bool(ggml.kernels())
 Bytes = NDArray[np.uint8]
 pytestmark = pytest.mark.skipif(
     not HERE, reason="no AMX tiles, no Linux, or the kernel library was not built"

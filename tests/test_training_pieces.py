@@ -177,7 +177,7 @@ def test_the_prompt_names_the_data_sets_own_classes_and_range() -> None:
     assert "from +3 (very negative) to +9" not in words(above)
     assert "from +30 (very negative) to +90" in words(above)
     wide = choose_profile("x", "llama", 0, replace(SCALE, range=(-30.0, 30.0)), "published")
-    assert "in the range [-30.0, 30.0]" in words(wide)
+    assert "in the range [-30.0, +30.0]" in words(wide)
     halves = choose_profile("x", "llama", 0, replace(SCALE, range=(-12.5, 12.5)), "pseudo-last")
     assert "from -125 (very negative) to +125" in words(halves)
     assert answer_text(halves.tasks["sentiment"], -11.5) == "-115"

@@ -77,14 +77,14 @@ def kernels() -> tuple[str, ...]:
 
 
 def _runnable(lib: ctypes.CDLL) -> tuple[str, ...]:
-    flags = flags()
+    here = flags()
     names = tuple(
         name
         for name, (number, needs) in KERNELS.items()
-        if set(needs) <= flags and lib.mse_ggml_has(number)
+        if set(needs) <= here and lib.mse_ggml_has(number)
     )
     # Without VNNI llama.cpp's own has twice the width of ours (bench/product.py).
-    return () if "avx512bw" in flags and "avx512_vnni" not in names else names
+    return () if "avx512bw" in here and "avx512_vnni" not in names else names
 
 
 def flags() -> frozenset[str]:

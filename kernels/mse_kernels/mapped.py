@@ -19,7 +19,17 @@ from numpy.typing import NDArray
 from mse_kernels import ggml
 from mse_kernels.samples import between, whole
 
-__all__ = ["TYPES", "calls", "graph_product", "ours", "product", "sample", "settle", "theirs", "use"]
+__all__ = [
+    "TYPES",
+    "calls",
+    "graph_product",
+    "ours",
+    "product",
+    "sample",
+    "settle",
+    "theirs",
+    "use",
+]
 
 SYMBOL = "llamafile_sgemm"
 TILED = "ggml_compute_forward_mul_mat_tiled"
@@ -40,6 +50,8 @@ TYPES = {
 """Name -> ggml's number, values and bytes of a block, and the same of the rows it multiplies."""
 _SCALES = {144: (0, 2), 176: (0, 2), 210: (208,)}  # where blocks of so many bytes have halves
 _PLAIN, _K_QUANTS = ("Q4_0", "Q5_0", "Q8_0"), ("Q4_K", "Q5_K", "Q6_K")
+
+
 class _Params(ctypes.Structure):
     """The beginning of `ggml_compute_params`."""
 
