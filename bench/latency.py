@@ -40,6 +40,7 @@ from common import (
 )
 
 ALONE = "after features, published layout, llama.cpp's product"
+ANSWER = "answer, published layout"
 LOAD = """
 import json, sys
 from mse_runtime.analyzer import Analyzer
@@ -74,7 +75,7 @@ def warm(pair: Pair, args: argparse.Namespace, write: Writer) -> None:
         "n_prompt": old.n_prompt,
     }
     cases: dict[str, Callable[[], float]] = {
-        "answer, published layout": old.answer,
+        ANSWER: old.answer,
         "raw llama.cpp, prompt": lambda: raw.decode(old.n_prompt),
         "raw llama.cpp, prompt and readout": lambda: raw.decode(
             old.n_prompt + old.n_readout, old.n_logits
@@ -94,16 +95,23 @@ def warm(pair: Pair, args: argparse.Namespace, write: Writer) -> None:
     with ExitStack() as stack:
         stack.callback(engine.close)
         stack.callback(raw.close)
+        # The peers come last: beside one of 14 GB the kernel would drop the mapped weights.
+        share = 0.6 if args.peers else 1.0
+        samples = turns(cases, repeat=args.repeat, seconds=share * args.seconds)
+        stages = [(name, layout.stages()) for name, layout in _layouts(engine) for _ in range(3)]
+        answers = {case: work for case, work in cases.items() if case.startswith(ANSWER)}
+        peers: dict[str, Callable[[], float]] = {}
         for dtype in args.peers:
             if why := peer_missing(pair.shape, dtype):
                 write(note("latency", f"transformers {dtype} was not run: {why}", **about))
                 continue
             peer = stack.enter_context(PeerProcess(wanted, dtype, engine.threads))
-            cases[f"transformers {dtype}"] = peer.answer
-        samples = turns(cases, repeat=args.repeat, seconds=args.seconds)
-        stages = [(name, layout.stages()) for name, layout in _layouts(engine) for _ in range(3)]
+            peers[f"transformers {dtype}"] = peer.answer
+        beside = {}
+        if peers:
+            beside = turns(answers | peers, repeat=args.repeat, seconds=(1 - share) * args.seconds)
     counts = {"after features, pseudo-last": new.n_tail, "answer, pseudo-last": new.n_prompt}
-    for case, found in samples.items():
+    for case, found in (samples | {peer: beside[peer] for peer in peers}).items():
         n_prompt = counts.get(case, old.n_prompt)
         extra = {"n_readout": old.n_readout}
         write(timing("latency", case, found, **{**about, "n_prompt": n_prompt, **extra}))
@@ -113,7 +121,7 @@ def warm(pair: Pair, args: argparse.Namespace, write: Writer) -> None:
             values = [found[stage] for found in of_layout]
             write(timing("latency-stages", f"{name}: {stage}", values, layout=name, stage=stage,
                          **about))  # fmt: skip
-    _ratios(samples, about, write)
+    _ratios(samples, beside, about, write)
 
 
 def _alone(work: Callable[[], float]) -> float:
@@ -127,15 +135,20 @@ def _layouts(engine: Any) -> list[tuple[str, Any]]:
     return [("published", engine.published), ("pseudo-last", engine.pseudo_last)]
 
 
-def _ratios(samples: dict[str, list[float]], about: dict[str, Any], write: Writer) -> None:
-    """The demands: over the floor, over the peers, latency hidden."""
+def _ratios(
+    samples: dict[str, list[float]],
+    beside: dict[str, list[float]],
+    about: dict[str, Any],
+    write: Writer,
+) -> None:
+    """The demands: over the floor, over the peers (`beside` them), latency hidden."""
 
     def pair(case: str, upper: str, lower: str, demand: str = "") -> None:
-        if upper in samples and lower in samples:
-            found = ratio("latency", case, samples[upper], samples[lower], demand=demand, **about)
-            write(found)
+        of = beside if lower.startswith("transformers") else samples
+        if upper in of and lower in of:
+            write(ratio("latency", case, of[upper], of[lower], demand=demand, **about))
 
-    answer, big = "answer, published layout", about["shape"] != "tiny"
+    answer, big = ANSWER, about["shape"] != "tiny"
     pair("answer / raw, same positions", answer, "raw llama.cpp, prompt and readout",
          "<= 1.05" if big else "")  # fmt: skip
     pair("answer / raw, prompt alone", answer, "raw llama.cpp, prompt")
