@@ -52,6 +52,9 @@ _SCALES = {144: (0, 2), 176: (0, 2), 210: (208,)}  # where blocks of so many byt
 _PLAIN, _K_QUANTS = ("Q4_0", "Q5_0", "Q8_0"), ("Q4_K", "Q5_K", "Q6_K")
 
 
+_libraries: dict[tuple[Path, str], Any] = {}
+
+
 class _Params(ctypes.Structure):
     """The beginning of `ggml_compute_params`."""
 
@@ -168,12 +171,15 @@ def _library() -> Any:
 
 def _loaded(folder: Path, name: str) -> Any:
     """ggml's library of that name, as llama.cpp has loaded it from `folder`; None without one."""
-    for path in sorted(folder.glob(f"libggml-{name}*.so*")):
-        try:
-            return ctypes.CDLL(str(path), mode=os.RTLD_LAZY | os.RTLD_NOLOAD)
-        except OSError:  # the same under another name
-            continue
-    return None
+    if (folder, name) not in _libraries:
+        for path in sorted(folder.glob(f"libggml-{name}*.so*")):
+            try:
+                lib = ctypes.CDLL(str(path), mode=os.RTLD_LAZY | os.RTLD_NOLOAD)
+            except OSError:  # the same under another name
+                continue
+            _libraries[folder, name] = lib
+            break
+    return _libraries.get((folder, name))
 
 
 def graph_product(folder: Path, name: str) -> NDArray[np.float32] | None:
