@@ -9,7 +9,7 @@ Rows
   split             the same answer by tokens / embeddings / tokens, three passes
   transformers      the same shape in PyTorch: inputs_embeds, torch adapter, generate
   after features    from the moment the features are ready; model loaded, text known; the published
-                    layout also with llama.cpp's own product of Q4_0 weights, as raw llama.cpp
+                    layout also with llama.cpp's own products of weights, as raw llama.cpp
   process, ...      a new process, from its start to its end; just before, the model's file was read
                     and as much free memory used (common.machine_ready)
 Ratios pair the samples of one turn.

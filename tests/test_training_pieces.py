@@ -181,6 +181,9 @@ def test_the_prompt_names_the_data_sets_own_classes_and_range() -> None:
     halves = choose_profile("x", "llama", 0, replace(SCALE, range=(-12.5, 12.5)), "pseudo-last")
     assert "from -125 (very negative) to +125" in words(halves)
     assert answer_text(halves.tasks["sentiment"], -11.5) == "-115"
+    odd = choose_profile("x", "llama", 0, replace(SCALE, range=(-12.25, 12.75)), "pseudo-last")
+    assert answer_text(odd.tasks["sentiment"], -11.25) == "-11.2"
+    assert odd.tasks["sentiment"].max_new_tokens == len("-12.2") + 1
     meld = replace(OWN, name="meld")
     assert "from the                                             target" in words(
         choose_profile("x", "qwen", 0, meld, "published")

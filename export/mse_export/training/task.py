@@ -116,11 +116,14 @@ def _spelled(task: Task) -> Task:
     """Numbers without a point, in tenths or ones, and all with the digits of the longest."""
     if task.number_scale is None or task.range is None or task.step is None:
         return task
-    ends = (*task.range, task.step)
+    low, high = task.range
+    ends = (low, high, task.step)
     scale = 1.0 if all(end == round(end) for end in ends) else 10.0
     if any(abs(end * scale - round(end * scale)) > 1e-9 for end in ends):
-        return replace(task, number_format="{:+.1f}", number_scale=1.0)
-    digits = len(str(round(max(map(abs, task.range)) * scale)))
+        task = replace(task, number_format="{:+.1f}", number_scale=1.0)
+        longest = max(len(task.number_text(end)) for end in (low, high))
+        return replace(task, max_new_tokens=longest + 1)
+    digits = len(str(round(max(abs(low), abs(high)) * scale)))
     return replace(
         task,
         number_format=f"{{:+0{digits + 1}.0f}}",
