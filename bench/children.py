@@ -37,7 +37,7 @@ def run(*arguments: str, code: str | None = None) -> tuple[float, Record]:
 
 def mse_run(*arguments: str) -> tuple[float, Record]:
     """Seconds of `mse-run ... --jsonl` as a user starts it, and its result."""
-    return run("-m", "mse_runtime.cli", *arguments)
+    return run(*arguments, code="from mse_runtime.entry import mse_run; mse_run()")
 
 
 class PeerProcess:

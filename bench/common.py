@@ -44,9 +44,11 @@ use_sources()
 
 def child_environment(**extra: str) -> dict[str, str]:
     """The environment of child processes: this checkout's packages, no network."""
+    # An installed package is compiled: nobody waits for that at every start.
+    inherited = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     known = [os.environ.get("PYTHONPATH", ""), *PACKAGES]
     return {
-        **os.environ,
+        **inherited,
         "PYTHONPATH": os.pathsep.join(filter(None, known)),
         "HF_HUB_OFFLINE": "1",
         **extra,

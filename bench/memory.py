@@ -3,8 +3,9 @@
     python bench/memory.py --shapes tiny,qwen-1.8b [--quants q4_0,q8_0] [--out F.jsonl]
 
 The peak is the kernel's own high-water mark of resident memory (VmHWM) after a whole answer from a
-clip: decoding, feature networks, language model. The mapped file counts where it is mapped. The
-peer's peak has the model and one answer, no clip. MB are 10^6 bytes.
+clip: decoding, feature networks, language model. Clips are read as `mse-run` does: in a process
+beside, whose own mark is added, and with `--low-memory` in the same one. The mapped file counts
+where it is mapped. The peer's peak has the model and one answer, no clip. MB are 10^6 bytes.
 """
 
 from __future__ import annotations
@@ -27,9 +28,15 @@ from common import (
 
 ANSWER = """
 import json, sys
+from contextlib import nullcontext
 from mse_runtime.analyzer import Analyzer
+from mse_runtime.features.pool import FeaturePool
 bundle, clip, text, low, threads = sys.argv[1:]
-with Analyzer.open(bundle, low_memory=low == "1", threads=int(threads) or None) as analyzer:
+how = {"low_memory": low == "1", "threads": int(threads) or None}
+with (
+    nullcontext() if how["low_memory"] else FeaturePool() as pool,
+    Analyzer.open(bundle, **how, pool=pool) as analyzer,
+):
     found = analyzer.analyze(clip, text)
     items = [[i.name, i.ram / 1e6, i.vram / 1e6] for i in analyzer.plan.items]
 print(json.dumps({

@@ -25,6 +25,7 @@ from mse_runtime.bundle import Bundle, Task, load_bundle
 from mse_runtime.bundle.hub import resolve_bundle
 from mse_runtime.errors import UsageError
 from mse_runtime.features.normalise import prepare
+from mse_runtime.features.spec import CHILD_PEAK, Features
 from mse_runtime.loaded import Loaded
 from mse_runtime.parity import Generated, generate
 from mse_runtime.placement import MB, measured
@@ -35,7 +36,7 @@ from mse_runtime.sizing import vram_mb
 
 if TYPE_CHECKING:
     from mse_runtime.backbone import Backbone
-    from mse_runtime.features.spec import Features
+    from mse_runtime.features.pool import FeaturePool
 
 __all__ = ["Analyzer"]
 
@@ -68,13 +69,15 @@ class Analyzer(Loaded):
         adapter: str = "auto",
         require_gpu: bool = False,
         offline: bool = False,
+        pool: FeaturePool | None = None,
     ) -> Analyzer:
         """Open a bundle by built-in name, folder or `org/repo[@revision]`.
 
         `threads`: None means the physical cores, or one for a small model. `n_gpu_layers`: None
         lets the memory plan choose. `low_memory` keeps the weights as the mapped file (slower
         where they would be repacked). `adapter` names a backend of `mse_runtime.adapter`.
-        `require_gpu` refuses to run without one. `offline` never uses the network.
+        `require_gpu` refuses to run without one. `offline` never uses the network. `pool`: whose
+        processes read the clips; None reads them in threads of this one. The caller closes it.
         """
         if not isinstance(bundle, Bundle):
             folder = resolve_bundle(str(bundle), offline=offline)
@@ -86,6 +89,7 @@ class Analyzer(Loaded):
             low_memory=low_memory,
             adapter=adapter,
             require_gpu=require_gpu,
+            pool=pool,
         )
 
     def analyze(
@@ -104,37 +108,39 @@ class Analyzer(Loaded):
         """Answer for a media file and its transcript.
 
         `start`, `end` and `max_seconds` are seconds on the clip's clock; `fps` overrides the face
-        feature rate of the bundle's spec; `keep_frames` small pictures are kept for a plot. The
-        extracted features stay in `last_features` until the next call.
+        feature rate of the bundle's spec; `keep_frames` small pictures are kept for a plot (never
+        in a `pool`). The extracted features stay in `last_features` until the next call.
         """
         check_text(text)
         watch = Stopwatch()
         inputs = self.bundle.features
+        wanted: dict[str, Any] = {
+            "path": str(clip),
+            "audio_spec": inputs.audio.spec,
+            "face_spec": inputs.face.spec,
+            "fps": fps,
+            "start": start,
+            "end": end,
+            "max_seconds": max_seconds,
+            "threads": self.threads,
+        }
 
-        def features_of() -> Features:
+        def in_threads() -> Features:
             # The way to the weights is Python, and so is the way to the clip: in turns both would
             # take longer, and most clips are done before the weights are. Not for long: on a first
             # run the way leads through the probe's process.
             self._reading.wait(1.0)
             from mse_runtime.features.extract import extract
 
-            return extract(
-                clip,
-                audio_spec=inputs.audio.spec,
-                face_spec=inputs.face.spec,
-                fps=fps,
-                start=start,
-                end=end,
-                max_seconds=max_seconds,
-                threads=self.threads,
-                trace=lambda stage, seconds: watch.add(STAGES[stage], seconds),
-                keep_frames=keep_frames,
-                bundle=self.bundle,
-            )
+            return extract(**wanted, keep_frames=keep_frames, bundle=self.bundle)
 
-        features = background.start(features_of, "mse-features")
+        if self._pool is None or keep_frames:
+            features = background.start(in_threads, "mse-features")
+        else:
+            encoders = str(self.bundle.path) if self.bundle.encoders else None
+            features = self._pool.submit({**wanted, "bundle": encoders})
         first = self.last_features is None
-        prediction = self._answer(features, text, task, parity, str(clip), watch)
+        prediction = self._answer(features, text, task, parity, str(clip), watch, fresh=True)
         if not first:  # a process that answers once is about to give everything back
             heap.give_back()
         return prediction
@@ -151,7 +157,8 @@ class Analyzer(Loaded):
         """Answer for features that were extracted before (`features.extract.load_npz`)."""
         ready: Future[Features] = Future()
         ready.set_result(features)
-        return self._answer(ready, check_text(text), task, parity, clip, Stopwatch())
+        watch = Stopwatch()
+        return self._answer(ready, check_text(text), task, parity, clip, watch)
 
     def analyze_many(
         self, clips: Iterable[tuple[Features, str, str | None]], *, task: str | None = None
@@ -204,7 +211,10 @@ class Analyzer(Loaded):
         parity: Parity | None,
         clip: str | None,
         watch: Stopwatch,
+        *,
+        fresh: bool = False,
     ) -> Prediction:
+        """fresh: what the features took belongs to this answer."""
         name, task = self.task(task_name)
         with self._turn:
             waiting: list[Future[Any]] = [features, self._backbone]
@@ -223,6 +233,8 @@ class Analyzer(Loaded):
                 with watch.stage("prefill"):
                     pending = self._prefill_early(backbone, prompt, features)
                 found = features.result()
+                for stage, seconds in (found.info["seconds"] if fresh else {}).items():
+                    watch.add(STAGES[stage], seconds)
                 with watch.stage("adapter"):
                     pseudo = self._pseudo(backbone, prompt, found)
                 with watch.stage("prefill"):
@@ -327,7 +339,7 @@ class Analyzer(Loaded):
             warnings=self._warnings(prompt, features, backbone),
             timing_ms=timing,
             memory_mb={
-                "peak_rss": measured().peak_rss / MB,
+                "peak_rss": (measured().peak_rss + features.info.get(CHILD_PEAK, 0)) / MB,
                 "vram": vram_mb(backbone.info["buffers_mib"]),
                 "plan": self.plan.ram / MB,
             },

@@ -1,13 +1,14 @@
-"""Work that runs beside the caller: one function, one thread, one result."""
+"""Work that runs beside the caller: one function, one thread, one result; and how much may."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
-__all__ = ["start"]
+__all__ = ["cores", "start"]
 
 T = TypeVar("T")
 
@@ -28,3 +29,8 @@ def start(work: Callable[[], T], name: str) -> Future[T]:
 
     threading.Thread(target=run, name=name).start()
     return future
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,18 +8,19 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from mse_runtime import __version__
+from mse_runtime import __version__, background
 from mse_runtime.errors import MSEError, UsageError
 
 if TYPE_CHECKING:
     from mse_runtime.analyzer import Analyzer
+    from mse_runtime.features.pool import FeaturePool
     from mse_runtime.features.spec import Features
     from mse_runtime.result import Prediction
 
@@ -110,7 +111,8 @@ MEANT_FOR = {
 @click.option(
     "--low-memory",
     is_flag=True,
-    help="Keep the weights as the mapped file: no repacked copy, slower where there is one.",
+    help="Keep the weights as the mapped file: no repacked copy, slower where there is one. Read "
+    "the clip in this process.",
 )
 @click.option(
     "--adapter",
@@ -233,8 +235,6 @@ def _check_outputs(arguments: tuple[str, ...], options: dict[str, Any]) -> None:
 def _answer(
     arguments: tuple[str, ...], options: dict[str, Any], finish: Callable[[], None] | None
 ) -> None:
-    from mse_runtime.prompt import check_text
-
     wanted = 1 if options["features"] else 2
     if len(arguments) > wanted:
         if options["features"] and _is_file(arguments[0]):
@@ -246,35 +246,30 @@ def _answer(
             if options["features"]
             else 'Give a clip and its text: mse-run clip.mp4 "what is said". See mse-run --help.'
         )
-    text = check_text(arguments[-1])
+    text = arguments[-1]
     clip = None if options["features"] else Path(arguments[0])
     if clip and _is_file(text) and not _is_file(arguments[0]):
         raise UsageError(f"{text} is a file: give the clip first, then the text.")
-    with _open(options) as analyzer:
-        if options["plan"]:
-            _print_plan(analyzer.plan.rows(), "Memory plan", sys.stderr)
-        if clip is None:
-            prediction = analyzer.analyze_features(
-                _load_features(options["features"]),
-                text,
-                task=options["task"],
-                parity=options["parity"],
-            )
-        else:
-            prediction = analyzer.analyze(
-                clip,
-                text,
-                task=options["task"],
-                parity=options["parity"],
-                fps=options["fps"],
-                start=options["start"],
-                end=options["end"],
-                max_seconds=options["max_seconds"],
-                keep_frames=8 if options["plot"] else 0,
-            )
-        _report(analyzer, prediction, options)
-        if finish is not None:  # the model still loaded: the system frees it faster than we would
-            finish()
+    with _reader(options) if clip else nullcontext() as pool:
+        from mse_runtime.prompt import check_text
+
+        check_text(text)
+        with _open(options, pool) as analyzer:
+            if options["plan"]:
+                _print_plan(analyzer.plan.rows(), "Memory plan", sys.stderr)
+            common = {"task": options["task"], "parity": options["parity"]}
+            if clip is None:
+                features = _load_features(options["features"])
+                prediction = analyzer.analyze_features(features, text, **common)
+            else:
+                window = {name: options[name] for name in sorted(WINDOW)}
+                keep = 8 if options["plot"] else 0
+                prediction = analyzer.analyze(clip, text, **common, **window, keep_frames=keep)
+            _report(analyzer, prediction, options)
+            if pool is not None:
+                pool.retire()
+            if finish is not None:  # the system frees a model faster than we would
+                finish()
 
 
 def _is_file(word: str | Path) -> bool:
@@ -390,11 +385,30 @@ def _plan_only(_arguments: tuple[str, ...], options: dict[str, Any]) -> None:
         n_gpu_layers=options["n_gpu_layers"],
         low_memory=options["low_memory"],
         require_gpu=options["require_gpu"],
+        feature_process=_reads_apart(options),
     )
     _print_plan(plan.rows(), f"Memory plan of {bundle.name}", sys.stdout)
 
 
-def _open(options: dict[str, Any]) -> Analyzer:
+def _reads_apart(options: dict[str, Any]) -> bool:
+    """Whether a process beside reads the clip: not where it would only take turns with this one,
+    where memory is short, or for a plot, whose pictures stay here."""
+    beside = background.cores() > 1 and bool(sys.executable)
+    return beside and not options["low_memory"] and not options["plot"]
+
+
+def _reader(options: dict[str, Any]) -> AbstractContextManager[FeaturePool | None]:
+    """The process that reads the clip, on its way before anything large is imported here."""
+    if not _reads_apart(options):
+        return nullcontext()
+    from mse_runtime.features.pool import FeaturePool
+
+    pool = FeaturePool()
+    pool.start()
+    return pool
+
+
+def _open(options: dict[str, Any], pool: FeaturePool | None = None) -> Analyzer:
     from mse_runtime.analyzer import Analyzer
 
     return Analyzer.open(
@@ -405,6 +419,7 @@ def _open(options: dict[str, Any]) -> Analyzer:
         adapter=options["adapter"],
         require_gpu=options["require_gpu"],
         offline=options["offline"],
+        pool=pool,
     )
 
 

@@ -25,6 +25,7 @@ from mse_runtime.sizing import default_threads, make_plan, positions
 if TYPE_CHECKING:
     from mse_runtime.adapter import Adapter
     from mse_runtime.backbone import Backbone
+    from mse_runtime.features.pool import FeaturePool
     from mse_runtime.features.spec import Features
 
 __all__ = ["Loaded"]
@@ -45,12 +46,14 @@ class Loaded:
         low_memory: bool = False,
         adapter: str = "auto",
         require_gpu: bool = False,
+        pool: FeaturePool | None = None,
     ) -> None:
         """Start loading `bundle` in the background; see `Analyzer.open` for the arguments."""
         self.bundle = bundle
         self.threads = threads
         self.low_memory = low_memory
         self._require_gpu = require_gpu
+        self._pool = pool
         self._turn = threading.Lock()
         self._reading = threading.Event()  # from here on loading is not Python's work
         self._readouts: dict[str, Readout] = {}
@@ -65,6 +68,7 @@ class Loaded:
                 low_memory=low_memory,
                 require_gpu=require_gpu,
                 program=program,
+                feature_process=pool is not None,
             ),
             "mse-plan",
         )

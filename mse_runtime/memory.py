@@ -1,4 +1,4 @@
-"""How much memory this process may still take, whoever sets the limit."""
+"""How much memory this process may still take, whoever sets the limit, and what it took."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["available"]
+__all__ = ["available", "peak_rss"]
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 UNLIMITED = 1 << 62
@@ -20,6 +20,11 @@ def available() -> int:
     """
     found = [room for room in (_machine(), _address_space(), *_groups()) if room is not None]
     return max(min(found), 1) if found else 0
+
+
+def peak_rss() -> int:
+    """Bytes: the most that was resident of this process; 0 where the system does not say."""
+    return _field(PROC / "self" / "status", "VmHWM:") or 0
 
 
 def _machine() -> int | None:

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from mse_runtime.analyzer import Analyzer, Parity
 from mse_runtime.batch.export import PLAIN
-from mse_runtime.batch.pool import FeaturePool
 from mse_runtime.batch.rows import COLUMNS, make_row
 from mse_runtime.batch.run import answers
 from mse_runtime.batch.together import GroupSize
 from mse_runtime.bundle import load_bundle, manifest
 from mse_runtime.bundle.hub import builtin_bundles, resolve_bundle
 from mse_runtime.errors import UsageError
+from mse_runtime.features.pool import FeaturePool
 from mse_runtime.sizing import default_threads
 
 if TYPE_CHECKING:

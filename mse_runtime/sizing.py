@@ -15,6 +15,8 @@ HOST_BUFFER = re.compile(r"CPU|AMX|\S+_Host")
 # ONNX Runtime, PyAV, the face networks and a clip's frames in flight: set from measured peaks of
 # `tiny` on the example clips, so its plan is no prediction there (bench/memory.py).
 FEATURE_BYTES = 80_000_000
+# What a Python process with NumPy has before that.
+PROCESS_BYTES = 45_000_000
 
 
 def make_plan(
@@ -24,10 +26,12 @@ def make_plan(
     low_memory: bool = False,
     require_gpu: bool = False,
     program: int | None = None,
+    feature_process: bool = False,
 ) -> Plan:
     """Where `bundle`'s memory would go on this machine; loads nothing but llama.cpp itself.
 
     program: bytes of the process before anything of the plan is used; default what it has now.
+    feature_process: clips are read in a process of its own.
     """
     from mse_runtime.backbone.file_checks import repacking_pays
     from mse_runtime.probe import fast_path
@@ -45,7 +49,7 @@ def make_plan(
             free_vram=free_vram(),
             positions=positions(bundle),
             adapter=bundle.adapter.onnx.size,
-            features=FEATURE_BYTES,
+            features=FEATURE_BYTES + (PROCESS_BYTES if feature_process else 0),
             program=program,
         )
     if require_gpu:

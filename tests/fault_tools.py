@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -15,11 +16,52 @@ from typing import Any
 import numpy as np
 import pytest
 
-__all__ = ["CLIP", "ROOT", "TINY", "batch_list", "command", "json_lines", "tiny_disk"]
+__all__ = [
+    "CLIP", "ROOT", "TINY", "batch_list", "command", "decoder_traps", "json_lines", "tiny_disk",
+]  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIP = ROOT / "examples" / "happy.mp4"
 TINY = ROOT / "mse_runtime" / "data" / "bundles" / "tiny"
+
+
+TRAPS = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <string.h>
+#include <unistd.h>
+static void trap(const char *path) { /* as a decoder's bug would: in C, out of Python's reach */
+  if (strstr(path, "hangs.mp4")) for (;;) pause();
+  if (strstr(path, "crashes.mp4")) { signal(SIGSEGV, SIG_DFL); raise(SIGSEGV); }
+}
+#define TRAPPED(name) \
+int name(const char *path, int flags, ...) { \
+  static int (*real)(const char *, int, ...); \
+  if (!real) real = dlsym(RTLD_NEXT, #name); \
+  va_list rest; va_start(rest, flags); int mode = va_arg(rest, int); va_end(rest); \
+  trap(path); \
+  return real(path, flags, mode); \
+}
+TRAPPED(open)
+TRAPPED(open64)
+"""
+"""Preloaded: the moment FFmpeg opens one of these names, its process hangs or dies."""
+
+
+def decoder_traps(folder: Path) -> dict[str, str]:
+    """The environment in which `hangs.mp4` and `crashes.mp4` do what they are called."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None or os.uname().sysname != "Linux":
+        pytest.skip("no C compiler for a decoder that hangs and crashes")
+    shim = folder / "traps.so"
+    subprocess.run(
+        [compiler, "-x", "c", "-", "-shared", "-fPIC", "-o", str(shim), "-ldl"],
+        input=TRAPS, text=True, check=True,
+    )  # fmt: skip
+    return {"LD_PRELOAD": str(shim)}
 
 
 def command(

@@ -6,40 +6,13 @@ import json
 import os
 import shutil
 import struct
-import subprocess
 import zlib
 from pathlib import Path
 
 import av
-import pytest
-from fault_tools import CLIP, command, json_lines
+from fault_tools import CLIP, command, decoder_traps, json_lines
 
 SIDE = 16_384
-
-TRAPS = r"""
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <fcntl.h>
-#include <signal.h>
-#include <stdarg.h>
-#include <string.h>
-#include <unistd.h>
-static void trap(const char *path) { /* as a decoder's bug would: in C, out of Python's reach */
-  if (strstr(path, "hangs.mp4")) for (;;) pause();
-  if (strstr(path, "crashes.mp4")) { signal(SIGSEGV, SIG_DFL); raise(SIGSEGV); }
-}
-#define TRAPPED(name) \
-int name(const char *path, int flags, ...) { \
-  static int (*real)(const char *, int, ...); \
-  if (!real) real = dlsym(RTLD_NEXT, #name); \
-  va_list rest; va_start(rest, flags); int mode = va_arg(rest, int); va_end(rest); \
-  trap(path); \
-  return real(path, flags, mode); \
-}
-TRAPPED(open)
-TRAPPED(open64)
-"""
-"""Preloaded: the moment FFmpeg opens one of these names, its process hangs or dies."""
 
 
 def unpacks_to_268_mb() -> bytes:
@@ -75,23 +48,10 @@ def bombs(folder: Path) -> None:
     (folder / "16k.mov").write_bytes(raw.replace(small, large))
 
 
-@pytest.fixture
-def traps(tmp_path: Path) -> dict[str, str]:
-    """The environment in which `hangs.mp4` and `crashes.mp4` do what they are called."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None or os.uname().sysname != "Linux":
-        pytest.skip("no C compiler for a decoder that hangs and crashes")
-    shim = tmp_path / "traps.so"
-    subprocess.run(
-        [compiler, "-x", "c", "-", "-shared", "-fPIC", "-o", str(shim), "-ldl"],
-        input=TRAPS, text=True, check=True,
-    )  # fmt: skip
-    return {"LD_PRELOAD": str(shim)}
-
-
 def test_every_bad_clip_fails_its_row_and_the_batch_goes_on(
-    tmp_path: Path, traps: dict[str, str]
+    tmp_path: Path,
 ) -> None:
+    traps = decoder_traps(tmp_path)
     bombs(tmp_path)
     os.mkfifo(tmp_path / "pipe.mp4")
     for name in ("hangs", "crashes", "first", "between", "last"):

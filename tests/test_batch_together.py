@@ -16,12 +16,12 @@ import pytest
 from mse_runtime import Analyzer, cache
 from mse_runtime.batch import together
 from mse_runtime.batch.journal import Journal
-from mse_runtime.batch.pool import FeaturePool
 from mse_runtime.batch.rows import Row, read_rows
 from mse_runtime.batch.run import answers, run
 from mse_runtime.batch.together import SIZES, TRIES, GroupSize
 from mse_runtime.errors import BackboneError, DecodeError, UsageError
 from mse_runtime.features.npz import load_npz
+from mse_runtime.features.pool import FeaturePool
 from mse_runtime.features.spec import Features
 
 TOLERANCE = 5e-4  # of a probability (docs/reliability.md)

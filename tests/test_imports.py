@@ -41,7 +41,8 @@ def test_a_whole_run_stays_free_of_training_packages() -> None:
     clip = ROOT / "examples" / "happy.mp4"
     code = (
         "import sys, contextlib, io\n"
-        f"sys.argv = ['mse-run', {str(clip)!r}, 'I love it', '--json']\n"
+        # --low-memory: the clip is read in the same process
+        f"sys.argv = ['mse-run', {str(clip)!r}, 'I love it', '--json', '--low-memory']\n"
         "from mse_runtime.cli import run\n"
         "with contextlib.redirect_stdout(io.StringIO()): run(standalone_mode=False)"
     )

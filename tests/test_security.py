@@ -18,7 +18,6 @@ import pytest
 from fault_tools import CLIP, ROOT, command
 from media_files import write_clip
 
-from mse_runtime.batch.pool import MAX_REPLY, FeaturePool
 from mse_runtime.bundle import load_bundle
 from mse_runtime.bundle.hub import builtin_bundles, resolve_bundle
 from mse_runtime.datasets import load_dataset
@@ -26,6 +25,7 @@ from mse_runtime.datasets.safe_pickle import load_pickle
 from mse_runtime.errors import MediaError
 from mse_runtime.features.extract import extract
 from mse_runtime.features.npz import load_npz
+from mse_runtime.features.pool import MAX_REPLY, FeaturePool
 
 SOURCES = sorted(
     path
@@ -161,9 +161,13 @@ def test_a_pipe_is_no_feature_file(tmp_path: Path) -> None:
         f"print('x' * {2 * MAX_REPLY})",
         "print('[1]')",
         "import time; print('{', end='', flush=True); time.sleep(60)",
-        'print(\'{"error": {"type": "annotations", "message": "m"}}\')',
-        'print(\'{"ok": true}\\n{"ok": true}\')',
-        "import os; os.mkfifo(json.loads(line)['target']); print('{\"ok\": true}')",
+        'print(\'{"size": 0, "peak_rss": 1, "error": {"type": "annotations", "message": "m"}}\')',
+        'print(\'{"size": 0, "peak_rss": 1, "error": 5}\')',
+        'print(\'{"size": 0, "peak_rss": "1"}\')',
+        'print(\'{"size": 99999999999, "peak_rss": 1}\')',
+        'print(\'{"size": 3, "peak_rss": 1}\\nab\', end="")',
+        'print(\'{"size": 3, "peak_rss": 1}\\nabc\', end="")',
+        'print(\'{"size": 3, "peak_rss": 1}\\nabcd\')',
     ],
 )
 def test_a_worker_taken_over_can_fail_its_row_and_no_more(
@@ -171,7 +175,7 @@ def test_a_worker_taken_over_can_fail_its_row_and_no_more(
 ) -> None:
     loop = f"for line in sys.stdin:\n    {reply}; sys.stdout.flush()"
     child = f"import json, sys\nsys.argv.pop(1)\n{loop}"
-    monkeypatch.setattr("mse_runtime.batch.pool.CHILD", child)
+    monkeypatch.setattr("mse_runtime.features.pool.CHILD", child)
     with FeaturePool(1, timeout=3, memory_mb=1024) as pool:
         for _ in range(2):
             with pytest.raises(MediaError):

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from mse_runtime import background
 from mse_runtime.batch.export import convert, failures, journal_path
 from mse_runtime.batch.journal import Journal, foreign
-from mse_runtime.batch.pool import FeaturePool
 from mse_runtime.batch.rows import read_rows
 from mse_runtime.batch.run import run
+from mse_runtime.features.pool import FeaturePool
 
 if TYPE_CHECKING:
     from mse_runtime.analyzer import Analyzer
@@ -38,7 +38,7 @@ def run_batch(analyzer: Analyzer, listing: Path, output: Path, options: dict[str
     if output.exists() and not journal_path(output).exists():
         raise foreign(output)
     console = Console(stderr=True)
-    workers = options["workers"] or max(1, min(4, len(os.sched_getaffinity(0))))
+    workers = options["workers"] or max(1, min(4, background.cores()))
     with (
         Journal(
             journal_path(output), rows, run=_fingerprint(analyzer, options), retry=options["retry"]

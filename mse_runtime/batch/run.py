@@ -17,11 +17,11 @@ from typing import Any
 
 from mse_runtime.analyzer import Analyzer, Parity
 from mse_runtime.batch.journal import Journal
-from mse_runtime.batch.pool import FeaturePool
 from mse_runtime.batch.rows import Row
 from mse_runtime.batch.together import GroupSize
 from mse_runtime.errors import BackboneError, DecodeError, DeviceError, MSEError
 from mse_runtime.features.npz import load_npz
+from mse_runtime.features.pool import FeaturePool
 from mse_runtime.features.spec import Features
 from mse_runtime.prompt import check_text
 from mse_runtime.result import Prediction
@@ -101,6 +101,7 @@ def answers(
         "fps": fps,
         "max_seconds": max_seconds,
         "threads": 1,
+        "needs": True,
         # Only a bundle with encoders of its own is needed to extract its features.
         "bundle": str(analyzer.bundle.path) if analyzer.bundle.encoders else None,
     }

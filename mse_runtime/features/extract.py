@@ -6,8 +6,6 @@ face. Each is sequential in itself, so results don't depend on how many of them 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from concurrent.futures import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,8 +37,6 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-Trace = Callable[[str, float], None]
-
 _AHEAD = 4
 """Decoded frames that may wait for the face, 1.6 MB each."""
 _SHORT = 0.5
@@ -58,7 +54,6 @@ def extract(
     end: float | None = None,
     max_seconds: float | None = 60.0,
     threads: int | None = None,
-    trace: Trace | None = None,
     keep_frames: int = 0,
     bundle: Bundle | None = None,
 ) -> Features:
@@ -72,13 +67,13 @@ def extract(
         max_seconds: longest part that is read; None for no limit.
         threads: how much may run at once; None for all cores of this process, 1 for none beside
             the caller's. The result is the same.
-        trace: called with a stage's name ("probe", "decode", "audio", "face") and its seconds.
         keep_frames: this many frames, evenly spread, are kept in `info["frames"]` as dicts
             {time, image uint8 [H, W, 3], mesh or None}.
         bundle: where encoders ("hf-audio:<sha>", "hf-image:<sha>") come from.
 
     Returns:
-        Features; a modality the clip doesn't have is None and said in `warnings`.
+        Features; a modality the clip doesn't have is None and said in `warnings`. Their
+        `info["seconds"]` has what each stage took ("probe", "decode", "audio", "face").
 
     Raises:
         MediaError: the clip cannot be read. BundleError: unknown spec id.
@@ -96,7 +91,7 @@ def extract(
 
         clip = media.probe(path)
         window, said = media.plan_window(clip, start, end, max_seconds)
-    cores = _cores() if threads is None else max(1, threads)
+    cores = background.cores() if threads is None else max(1, threads)
     sound = _Sound(audio_spec, bundle)
     if cores > 1:
         heard = background.start(lambda: sound.run(clip, window, watch), "mse-sound")
@@ -117,9 +112,6 @@ def extract(
         *face.warnings,
     ]
     warnings += _breaks_off(clip, window, sound.end, face.end)
-    if trace is not None:
-        for stage, seconds in watch.spent.items():
-            trace(stage, seconds)
     info: dict[str, Any] = {
         "clip": {"format": clip.format, "declared_seconds": clip.duration},
         "window": [window.start, stop],
@@ -331,7 +323,3 @@ def _breaks_off(clip: ClipInfo, window: Window, heard: float, seen: float) -> li
                 "the file is probably truncated or damaged, what there is was used"
             )
     return said
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

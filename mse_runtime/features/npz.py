@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from mse_runtime.errors import MediaError
 from mse_runtime.features.spec import Features, FeatureTrack
 
-__all__ = ["UNREADABLE", "load_npz", "read_arrays", "save_npz"]
+__all__ = ["MAX_BYTES", "UNREADABLE", "load_npz", "read_arrays", "save_npz", "write_npz"]
 
 MAX_BYTES = 256 * 2**20
 """Most that all arrays together may declare: hours of features. More is refused."""
@@ -46,16 +46,6 @@ def save_npz(path: str | Path, features: Features) -> None:
     Raises:
         MediaError: the folder is missing or cannot be written.
     """
-    arrays: dict[str, NDArray[Any]] = {"duration": np.float64(features.duration)}  # type: ignore[dict-item]
-    for modality, name in _NAMES.items():
-        track: FeatureTrack | None = getattr(features, modality)
-        if track is not None:
-            arrays[name] = track.values
-            arrays[f"{name}_valid"] = track.valid
-            arrays[f"{name}_times"] = track.times
-            arrays[f"{name}_spec"] = np.array(track.spec)
-    arrays["warnings"] = np.array(json.dumps(features.warnings))
-    arrays["info"] = np.array(json.dumps(_plain(features.info)))
     target = Path(path)
     try:
         with tempfile.NamedTemporaryFile(
@@ -63,7 +53,7 @@ def save_npz(path: str | Path, features: Features) -> None:
         ) as handle:
             part = Path(handle.name)
             try:
-                np.savez_compressed(handle, **arrays)  # type: ignore[arg-type]
+                write_npz(handle, features)
             except BaseException:
                 part.unlink()
                 raise
@@ -75,13 +65,30 @@ def save_npz(path: str | Path, features: Features) -> None:
         ) from error
 
 
+def write_npz(handle: IO[bytes], features: Features, *, compress: bool = True) -> None:
+    """Write features to an open file."""
+    arrays: dict[str, NDArray[Any]] = {"duration": np.float64(features.duration)}  # type: ignore[dict-item]
+    for modality, name in _NAMES.items():
+        track: FeatureTrack | None = getattr(features, modality)
+        if track is not None:
+            arrays[name] = track.values
+            arrays[f"{name}_valid"] = track.valid
+            arrays[f"{name}_times"] = track.times
+            arrays[f"{name}_spec"] = np.array(track.spec)
+    arrays["warnings"] = np.array(json.dumps(features.warnings))
+    arrays["info"] = np.array(json.dumps(_plain(features.info)))
+    write: Any = np.savez_compressed if compress else np.savez
+    write(handle, **arrays)
+
+
 def load_npz(
-    path: str | Path, *, audio_spec: str | None = None, face_spec: str | None = None
+    path: str | Path | IO[bytes], *, audio_spec: str | None = None, face_spec: str | None = None
 ) -> Features:
     """Read a feature file.
 
     Args:
-        path: an .npz made by `save_npz`, or one with plain `audio` and/or `video` matrices.
+        path: an .npz made by `save_npz`, or one with plain `audio` and/or `video` matrices; or
+            such a file open for reading.
         audio_spec, face_spec: ids for a plain file that doesn't name them.
 
     Raises:
@@ -123,13 +130,13 @@ _KNOWN = {
 
 
 def read_arrays(
-    path: str | Path, limit: int, known: set[str] | None = None
+    path: str | Path | IO[bytes], limit: int, known: set[str] | None = None
 ) -> tuple[dict[str, NDArray[Any]], list[str]]:
     """The arrays called `known` (None: all), and the names of all that there are.
 
     Together they may declare `limit` bytes. Raises one of `UNREADABLE`.
     """
-    if Path(path).exists() and not Path(path).is_file():
+    if isinstance(path, str | Path) and Path(path).exists() and not Path(path).is_file():
         raise ValueError("it is no regular file")  # a pipe would be waited for
     with zipfile.ZipFile(path) as archive:
         stored = {name.removesuffix(".npy"): name for name in archive.namelist()}

@@ -121,6 +121,10 @@ class FeatureTrack:
         return int(self.values.shape[1])
 
 
+CHILD_PEAK = "worker_peak_rss"
+"""Of `Features.info`: the most bytes that were resident of the process they were extracted in."""
+
+
 @dataclass(frozen=True)
 class Features:
     """What was seen and heard in a clip, or read from a feature file."""
@@ -131,7 +135,7 @@ class Features:
     """Seconds of the clip that were read (the window, not the whole file)."""
     warnings: tuple[str, ...] = ()
     info: dict[str, Any] = field(default_factory=dict)
-    """What is worth telling: chosen face, fps, decode statistics."""
+    """What is worth telling: chosen face, fps, decode statistics, seconds of each stage."""
 
 
 def known_specs() -> tuple[str, ...]:

@@ -1,8 +1,13 @@
-"""Child processes that extract features: a clip may crash or hang its own worker, nothing else."""
+"""Child processes that extract features: a clip may crash or hang its own worker, nothing else.
+
+A process of its own is also faster where a model loads meanwhile: the way to the clip is Python as
+much as the way to the weights, and Python runs in one thread of a process at a time.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import queue
@@ -10,47 +15,42 @@ import selectors
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from mse_runtime import errors
-from mse_runtime.errors import MediaError, MSEError, UsageError
-from mse_runtime.features.npz import load_npz
-from mse_runtime.features.spec import Features
+from mse_runtime.errors import MediaError, MSEError
+
+if TYPE_CHECKING:
+    from mse_runtime.features.spec import Features
 
 __all__ = ["FeaturePool"]
 
 # The parent's import path, not the current folder: a file beside the clips is not a module.
 CHILD = (
     "import json, sys; sys.path[:] = [p for p in json.loads(sys.argv.pop(1)) if p]; "
-    "from mse_runtime.batch.worker import main; main()"
+    "from mse_runtime.features.worker import main; main()"
 )
 MAX_REPLY = 1 << 16
+PIECE = 1 << 20
 
 
 class FeaturePool:
     """`workers` child processes; `submit` gives a future of `Features`.
 
-    timeout: seconds one clip may take. memory_mb: address space of a worker, in MiB. A clip that
-    goes over either, or kills its worker, fails with MediaError; the worker is replaced.
-    Raises UsageError where there is no temporary folder for the features.
+    timeout: seconds one clip may take. memory_mb: address space of a worker, in MiB. None for no
+    limit. A clip that goes over either, or kills its worker, fails with MediaError; the worker is
+    replaced.
     """
 
-    def __init__(self, workers: int, timeout: float, memory_mb: int) -> None:
+    def __init__(
+        self, workers: int = 1, timeout: float | None = None, memory_mb: int | None = None
+    ) -> None:
         self.workers = workers
         self._timeout = timeout
-        try:
-            self._folder = tempfile.TemporaryDirectory(prefix="mse-batch-")
-        except OSError as error:
-            raise UsageError(
-                f"No temporary folder can be written ({error.strerror or error}), and a batch "
-                "needs one for features. Make room, or name a folder in TMPDIR."
-            ) from error
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._all = [_Worker(memory_mb) for _ in range(workers)]
         for worker in self._all:
@@ -58,26 +58,38 @@ class FeaturePool:
         self._threads = ThreadPoolExecutor(workers, "mse-worker")
         self._stopped = threading.Event()
 
+    def start(self) -> None:
+        """Start the processes before the first request: what they import is ready then."""
+        for worker in self._all:
+            worker.start()
+
     def submit(self, request: dict[str, Any]) -> Future[Features]:
-        """Features for keyword arguments of `extract`."""
+        """Features for keyword arguments of `extract`; see `worker.answer` for the others."""
         return self._threads.submit(self._run, request)
 
     def _run(self, request: dict[str, Any]) -> Features:
+        from mse_runtime.features.npz import load_npz
+        from mse_runtime.features.spec import CHILD_PEAK
+
         if self._stopped.is_set():
-            raise MediaError("the batch was stopped")
+            raise MediaError("the extraction was stopped")
         worker = self._idle.get()
-        target = Path(self._folder.name) / f"{threading.get_ident()}.npz"
         try:
-            reply = worker.ask({**request, "target": str(target)}, self._timeout)
-            if "error" in reply:
-                kind: Any = getattr(errors, str(reply["error"]["type"]), None)
-                if not (isinstance(kind, type) and issubclass(kind, MSEError)):
-                    kind = MediaError
-                raise kind(str(reply["error"]["message"]))
-            return load_npz(target)
+            reply, content = worker.ask(request, self._timeout)
         finally:
             self._idle.put(worker)
-            target.unlink(missing_ok=True)
+        if "error" in reply:
+            kind: Any = getattr(errors, reply["error"]["type"], None)
+            if not (isinstance(kind, type) and issubclass(kind, MSEError)):
+                kind = MediaError
+            raise kind(reply["error"]["message"])
+        features = load_npz(io.BytesIO(content))
+        features.info[CHILD_PEAK] = reply["peak_rss"]
+        return features
+
+    def retire(self) -> None:
+        """No more requests: whoever ends this process next need not wait for `close`."""
+        self._threads.shutdown(wait=False)
 
     def close(self) -> None:
         """Stop the workers, whatever they do."""
@@ -87,7 +99,6 @@ class FeaturePool:
         self._threads.shutdown(wait=True, cancel_futures=True)
         for worker in self._all:
             worker.kill()
-        self._folder.cleanup()
 
     def __enter__(self) -> FeaturePool:
         return self
@@ -104,36 +115,36 @@ class FeaturePool:
 class _Worker:
     """One child process, started when it is first asked and again after it died."""
 
-    def __init__(self, memory_mb: int) -> None:
+    def __init__(self, memory_mb: int | None) -> None:
         self._memory = memory_mb
         self._process: subprocess.Popen[bytes] | None = None
 
-    def ask(self, request: dict[str, Any], timeout: float) -> dict[str, Any]:
-        """Send one request and wait for its reply.
+    def ask(self, request: dict[str, Any], timeout: float | None) -> tuple[dict[str, Any], bytes]:
+        """Send one request and wait for its reply and the feature file with it.
 
         Raises:
             MediaError: no reply in `timeout` seconds, or the process died.
         """
         clip = request["path"]
-        process = self._process or self._start()
+        process = self._process or self.start()
         assert process.stdin is not None
         assert process.stdout is not None
         try:
             process.stdin.write(json.dumps(request).encode() + b"\n")
             process.stdin.flush()
-            return dict(json.loads(_reply(process.stdout, timeout)))
+            return _reply(process.stdout, timeout)
         except TimeoutError:
             self.kill()
             raise MediaError(
                 f"{clip}: no features after {timeout:g} s, so it was given up. Give more time with "
                 "--clip-timeout, or a shorter piece with start and end."
             ) from None
-        except (OSError, ValueError, TypeError, RecursionError):
+        except (OSError, ValueError, TypeError, LookupError, RecursionError):
             raise MediaError(f"{clip}: {self._post_mortem()}") from None
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def start(self) -> subprocess.Popen[bytes]:
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", CHILD, json.dumps(sys.path), str(self._memory)],
+            [sys.executable, "-P", "-c", CHILD, json.dumps(sys.path), str(self._memory or 0)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -148,7 +159,8 @@ class _Worker:
         if code is not None and code < 0:
             with contextlib.suppress(ValueError):
                 return f"the decoder died ({signal.Signals(-code).name}); the clip is broken"
-        return f"the decoder stopped (exit code {code}); it may need more than {self._memory} MB"
+        why = f"; it may need more than {self._memory} MB" if self._memory else ""
+        return f"the decoder stopped (exit code {code}){why}"
 
     def kill(self) -> None:
         """End the process if there is one. Safe from any thread."""
@@ -165,16 +177,36 @@ class _Worker:
                         stream.close()
 
 
-def _reply(stream: IO[bytes], timeout: float) -> bytes:
-    """One line, in time and of a bounded length: who writes it may be a hostile clip by now."""
-    end, line = time.monotonic() + timeout, b""
+def _reply(stream: IO[bytes], timeout: float | None) -> tuple[dict[str, Any], bytes]:
+    """A reply in time and of a bounded length: who writes it may be a hostile clip by now."""
+    from mse_runtime.features.npz import MAX_BYTES
+
+    end = None if timeout is None else time.monotonic() + timeout
+    data = bytearray()
     with selectors.DefaultSelector() as ready:
         ready.register(stream, selectors.EVENT_READ)
-        while not line.endswith(b"\n"):
-            if not ready.select(max(0.0, end - time.monotonic())):
+
+        def more() -> None:
+            if not ready.select(None if end is None else max(0.0, end - time.monotonic())):
                 raise TimeoutError
-            piece = os.read(stream.fileno(), MAX_REPLY)
-            line += piece
-            if not piece or len(line) > MAX_REPLY:
+            piece = os.read(stream.fileno(), PIECE)
+            if not piece:
                 raise ValueError("no reply")
-    return line
+            data.extend(piece)
+
+        while (length := data.find(b"\n")) < 0:
+            if len(data) > MAX_REPLY:
+                raise ValueError("too long a reply")
+            more()
+        reply = dict(json.loads(bytes(data[:length])))
+        size, peak = reply["size"], reply["peak_rss"]
+        if not (type(size) is type(peak) is int and 0 <= size <= MAX_BYTES + MAX_REPLY):
+            raise ValueError("no reply of ours")
+        if "error" in reply:
+            reply["error"] = {key: str(reply["error"][key]) for key in ("type", "message")}
+        del data[: length + 1]
+        while len(data) < size:
+            more()
+    if len(data) != size:
+        raise ValueError("more than the reply")
+    return reply, bytes(data)

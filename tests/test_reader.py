@@ -1,0 +1,117 @@
+"""The process in which `mse-run` reads its clip: same answers, its end, its memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fault_tools import CLIP, ROOT, command, decoder_traps
+
+from mse_runtime import Analyzer, background
+from mse_runtime.features.pool import FeaturePool
+from mse_runtime.features.spec import CHILD_PEAK
+from mse_runtime.placement import MB, measured
+
+pytestmark = pytest.mark.skipif(background.cores() == 1, reason="one core: no process beside")
+TEXT = "I really love it."
+
+
+def children(parent: int) -> list[int]:
+    """Process ids, from /proc."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text("utf-8", "replace").rpartition(")")[2].split()
+        except OSError:  # gone by now
+            continue
+        if int(fields[1]) == parent and fields[0] != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def gone(process: int) -> bool:
+    for _ in range(400):
+        try:
+            if "\nState:\tZ" in Path(f"/proc/{process}/status").read_text("utf-8"):
+                return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_the_answer_is_that_of_one_process() -> None:
+    documents = []
+    for more in ((), ("--low-memory",)):
+        done = command(CLIP, TEXT, "--jsonl", "--end", "1", *more)
+        assert done.returncode == 0, done.stderr
+        documents.append(json.loads(done.stdout))
+    apart, together = documents
+    assert apart["probabilities"] == pytest.approx(together["probabilities"], abs=1e-4)
+    assert set(apart["timing_ms"]) == set(together["timing_ms"])
+    assert apart["timing_ms"]["decode"] > 0
+    assert apart["timing_ms"]["features"] > 0
+    # The process beside counts, in what was measured and in what was planned.
+    for kind in ("peak_rss", "plan"):
+        assert apart["memory_mb"][kind] > together["memory_mb"][kind] + 20
+
+
+def test_a_pool_is_used_where_pictures_are_not_kept() -> None:
+    with FeaturePool() as pool, Analyzer.open("tiny", adapter="onnx", pool=pool) as analyzer:
+        found = analyzer.analyze(CLIP, TEXT, end=1.0)
+        features = analyzer.last_features
+        assert features is not None
+        beside = features.info[CHILD_PEAK]
+        assert 30 * MB < beside < 1000 * MB
+        assert found.memory_mb["peak_rss"] == pytest.approx(
+            (measured().peak_rss + beside) / MB, rel=0.05
+        )
+        again = analyzer.analyze(CLIP, TEXT, end=1.0, keep_frames=2)
+        assert again.distribution == found.distribution
+        assert analyzer.last_features is not None
+        assert analyzer.last_features.info["frames"]
+        assert CHILD_PEAK not in analyzer.last_features.info
+
+
+def test_a_clip_that_kills_its_decoder_is_an_error(tmp_path: Path) -> None:
+    clip = tmp_path / "crashes.mp4"
+    shutil.copy(CLIP, clip)
+    done = command(clip, TEXT, env=decoder_traps(tmp_path))
+    assert done.returncode == 3
+    assert done.stderr == f"mse-run: {clip}: the decoder died (SIGSEGV); the clip is broken\n"
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left_of_a_run_that_was_stopped(how: signal.Signals, tmp_path: Path) -> None:
+    """Not even a decoder that hangs."""
+    clip = tmp_path / "hangs.mp4"
+    shutil.copy(CLIP, clip)
+    run = subprocess.Popen(
+        [sys.executable, "-c", "from mse_runtime.entry import mse_run; mse_run()", clip, TEXT],
+        env={**os.environ, **decoder_traps(tmp_path)}, cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        # A test run started in the background hands an ignored Ctrl-C down to its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not children(run.pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    (beside,) = children(run.pid)
+    time.sleep(2.0)  # in the middle of the clip by now
+    run.send_signal(how)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == (130 if how == signal.SIGINT else -how)
+    assert said.strip() == ("mse-run: interrupted" if how == signal.SIGINT else "")
+    assert gone(beside)
+
+
+def test_a_text_that_cannot_be_is_said_at_once() -> None:
+    done = command(CLIP, " ")
+    assert done.returncode == 2
+    assert "text is empty" in done.stderr
