@@ -41,12 +41,16 @@ from common import (
 
 ALONE = "after features, published layout, llama.cpp's product"
 ANSWER = "answer, published layout"
+# As `mse-run` starts and ends, with the model alone between.
 LOAD = """
-import json, sys
+from mse_runtime import heap
+heap.collect_rarely()
+import json, os, sys
 from mse_runtime.analyzer import Analyzer
 analyzer = Analyzer.open(sys.argv[1], threads=int(sys.argv[2]) or None)
 analyzer._backbone.result()
-print(json.dumps({"load": analyzer._load_seconds}))
+print(json.dumps({"load": analyzer._load_seconds}), flush=True)
+os._exit(0)
 """
 FIRST = """
 import json, sys

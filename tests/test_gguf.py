@@ -8,6 +8,7 @@ import struct
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf as reference
 import numpy as np
@@ -19,8 +20,36 @@ from toy_vocab import chatglm
 
 from mse_runtime.errors import BackboneError
 from mse_runtime.gguf import Gguf
+from mse_runtime.gguf_scan import _after_strings_plain
 from mse_runtime.probe_model import write_probe_model
 from mse_runtime.quants import BLOCKS, TYPE_NAMES, dequantize
+
+
+@given(
+    st.lists(st.binary(max_size=300), max_size=30),
+    st.integers(0, 400),
+    st.integers(0, 40),
+    st.integers(-1, 1),
+)
+@example([], 0, 1 << 40, 0)
+@example([b"ab"], 0, 1, -1)
+def test_strings_are_skipped_as_in_plain_python(
+    texts: list[bytes], cut: int, count: int, high: int
+) -> None:
+    """The kernels' loop and the plain one: the same end, within the data or not."""
+    kernels = pytest.importorskip("mse_kernels.strings")
+    data = b"head" + b"".join(struct.pack("<Q", len(text)) + text for text in texts)
+    if high and texts:  # a length of which the sum wraps around
+        data = data[:4] + struct.pack("<Q", (1 << 64) - 1 if high < 0 else 1 << 63) + data[12:]
+    data = data[: max(4, len(data) - cut)]
+    few = min(count, 10_000)  # the plain loop's patience
+    plain: Any = _after_strings_plain
+    expected = plain(data, 4, few)
+    assert kernels.skip_strings(data, 4, few) == expected
+    if not high and not cut and count <= len(texts):
+        assert expected == 4 + sum(8 + len(text) for text in texts[:count])
+    if count > len(texts):
+        assert kernels.skip_strings(data, 4, count) is None
 
 
 @pytest.mark.parametrize("arch", ARCHES)

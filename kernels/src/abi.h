@@ -133,6 +133,10 @@ typedef struct mse_progress {
 } mse_progress;
 MSE_API bool mse_progress_step(float fraction, void *progress);
 
+// Where `count` strings end that begin at data[at], each its length in eight bytes (little-endian)
+// and as many bytes; -1 where they would not within `size`.
+MSE_API int64_t mse_skip_strings(const uint8_t *data, int64_t at, int64_t size, int64_t count);
+
 #ifdef __cplusplus
 }
 #endif
