@@ -43,9 +43,11 @@ ALONE = "after features, published layout, llama.cpp's product"
 ANSWER = "answer, published layout"
 # As `mse-run` starts and ends, with the model alone between.
 LOAD = """
+import json, os, sys
 from mse_runtime import heap
 heap.collect_rarely()
-import json, os, sys
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+import mse_runtime.cli
 from mse_runtime.analyzer import Analyzer
 analyzer = Analyzer.open(sys.argv[1], threads=int(sys.argv[2]) or None)
 analyzer._backbone.result()

@@ -448,6 +448,7 @@ def main() -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         run(standalone_mode=False, obj=_finish)
+        _finish()
     except MSEError as error:
         leave(error.exit_code, f"mse-run: {error}")
     except click.ClickException as error:
@@ -464,7 +465,7 @@ def main() -> None:
 
 
 def _finish() -> None:
-    """The end after one answer: without taking the interpreter apart, which takes a while.
+    """The end where all went well: without taking the interpreter apart, which takes a while.
 
     A kept prefix that is still being written is waited for.
     """
