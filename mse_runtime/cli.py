@@ -404,7 +404,10 @@ def _reader(options: dict[str, Any]) -> AbstractContextManager[FeaturePool | Non
     from mse_runtime.features.pool import FeaturePool
 
     pool = FeaturePool()
-    pool.start()
+    try:
+        pool.start()
+    except OSError:  # no more processes: then this one reads it
+        return nullcontext()
     return pool
 
 

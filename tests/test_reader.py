@@ -111,6 +111,18 @@ def test_nothing_is_left_of_a_run_that_was_stopped(how: signal.Signals, tmp_path
     assert gone(beside)
 
 
+def test_without_another_process_this_one_reads_the_clip() -> None:
+    """As where the number of processes is limited (simulated: a limit does not hold for root)."""
+    code = (
+        "import subprocess\n"
+        "def refuse(*_, **__): raise BlockingIOError(11, 'Resource temporarily unavailable')\n"
+        "subprocess.Popen = refuse\n"
+    )
+    done = command(CLIP, TEXT, "--end", "1", before=code)
+    assert done.returncode == 0, done.stderr
+    assert "positive" in done.stdout
+
+
 def test_a_text_that_cannot_be_is_said_at_once() -> None:
     done = command(CLIP, " ")
     assert done.returncode == 2
