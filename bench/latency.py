@@ -45,7 +45,7 @@ ANSWER = "answer, published layout"
 LOAD = """
 import json, os, sys
 from mse_runtime import heap
-heap.collect_rarely()
+heap.collect_late()
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import mse_runtime.cli
 from mse_runtime.analyzer import Analyzer

@@ -27,18 +27,19 @@ from common import (
 )
 
 ANSWER = """
-import json, sys
-from contextlib import nullcontext
-from mse_runtime.analyzer import Analyzer
-from mse_runtime.features.pool import FeaturePool
+import json, os, sys
+from mse_runtime import heap
+heap.collect_late()
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+from mse_runtime import cli
 bundle, clip, text, low, threads = sys.argv[1:]
-how = {"low_memory": low == "1", "threads": int(threads) or None}
-with (
-    nullcontext() if how["low_memory"] else FeaturePool() as pool,
-    Analyzer.open(bundle, **how, pool=pool) as analyzer,
-):
-    found = analyzer.analyze(clip, text)
-    items = [[i.name, i.ram / 1e6, i.vram / 1e6] for i in analyzer.plan.items]
+how = {"low_memory": low == "1", "plot": None}
+with cli._reader(how) as pool:
+    from mse_runtime.analyzer import Analyzer
+    how = {"low_memory": how["low_memory"], "threads": int(threads) or None}
+    with Analyzer.open(bundle, **how, pool=pool) as analyzer:
+        found = analyzer.analyze(clip, text)
+        items = [[i.name, i.ram / 1e6, i.vram / 1e6] for i in analyzer.plan.items]
 print(json.dumps({
     "peak_mb": found.memory_mb["peak_rss"], "vram_mb": found.memory_mb["vram"],
     "plan_mb": analyzer.plan.ram / 1e6, "items": items, "seconds": found.timing_ms["total"] / 1e3,

@@ -11,7 +11,7 @@ pass as the prompt's end.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from mse_runtime.bundle import Bundle, Task, load_bundle
 from mse_runtime.bundle.hub import resolve_bundle
 from mse_runtime.errors import UsageError
 from mse_runtime.features.normalise import prepare
-from mse_runtime.features.spec import CHILD_PEAK, Features
+from mse_runtime.features.spec import Features
 from mse_runtime.loaded import Loaded
 from mse_runtime.parity import Generated, generate
 from mse_runtime.placement import MB, measured
@@ -233,8 +233,8 @@ class Analyzer(Loaded):
                 with watch.stage("prefill"):
                     pending = self._prefill_early(backbone, prompt, features)
                 found = features.result()
-                for stage, seconds in (found.info["seconds"] if fresh else {}).items():
-                    watch.add(STAGES[stage], seconds)
+                for stage, seconds in _spent(found) if fresh else ():
+                    watch.add(stage, seconds)
                 with watch.stage("adapter"):
                     pseudo = self._pseudo(backbone, prompt, found)
                 with watch.stage("prefill"):
@@ -257,7 +257,8 @@ class Analyzer(Loaded):
                 backbone.truncate(0, len(self._constant))
             self.last_features = found
         timing = watch.stages | {"total": watch.total()}
-        return self._prediction(name, answer, prompt, found, text, clip, timing, generated)
+        peak = found.process_peak if fresh else 0
+        return self._prediction(name, answer, prompt, found, text, clip, timing, generated, peak)
 
     def _answer_together(
         self, name: str, task: Task, clips: Sequence[tuple[Features, str, str | None]]
@@ -329,7 +330,9 @@ class Analyzer(Loaded):
         clip: str | None,
         timing: dict[str, float],
         generated: Generated | None,
+        beside: int = 0,
     ) -> Prediction:
+        """beside: peak in bytes of the process that read the clip."""
         backbone, adapter = self._backbone.result(), self._adapter.result()
         return Prediction(
             task=task,
@@ -339,7 +342,7 @@ class Analyzer(Loaded):
             warnings=self._warnings(prompt, features, backbone),
             timing_ms=timing,
             memory_mb={
-                "peak_rss": (measured().peak_rss + features.info.get(CHILD_PEAK, 0)) / MB,
+                "peak_rss": (measured().peak_rss + beside) / MB,
                 "vram": vram_mb(backbone.info["buffers_mib"]),
                 "plan": self.plan.ram / MB,
             },
@@ -447,6 +450,15 @@ class Analyzer(Loaded):
         if name not in self._readouts:
             self._readouts[name] = Readout.build(task, backbone)
         return self._readouts[name]
+
+
+def _spent(features: Features) -> Iterator[tuple[str, float]]:
+    """(stage, seconds) of the extraction; a process that a clip took over may say anything."""
+    spent = features.info.get("seconds")
+    for name, stage in STAGES.items():
+        seconds = spent.get(name) if isinstance(spent, dict) else None
+        if isinstance(seconds, int | float) and 0 <= seconds < 1e9:
+            yield stage, seconds
 
 
 def _constant(prompt: Prompt) -> NDArray[np.int32]:

@@ -403,10 +403,11 @@ def _reader(options: dict[str, Any]) -> AbstractContextManager[FeaturePool | Non
         return nullcontext()
     from mse_runtime.features.pool import FeaturePool
 
-    pool = FeaturePool()
+    pool = FeaturePool(once=True)
     try:
         pool.start()
     except OSError:  # no more processes: then this one reads it
+        pool.close()
         return nullcontext()
     return pool
 
@@ -472,8 +473,7 @@ def _finish() -> None:
 
     A kept prefix that is still being written is waited for.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     for thread in threading.enumerate():
         if thread is not threading.main_thread() and not thread.daemon:
             thread.join()
@@ -485,9 +485,13 @@ def leave(code: int, message: str | None = None) -> NoReturn:
     if message:
         click.echo(message, err=True)
     with suppress(OSError):
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
     os._exit(code)
+
+
+def _flush() -> None:
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where the shell closed it
+        stream.flush()
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def _enter(name: str, module: str) -> None:
     if ours:
         signal.signal(signal.SIGINT, interrupted)
     _speak_utf8()
-    import_module("mse_runtime.heap").collect_rarely()
+    import_module("mse_runtime.heap").collect_late()
     main = import_module(module).main
     if ours:
         signal.signal(signal.SIGINT, signal.default_int_handler)

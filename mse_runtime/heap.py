@@ -5,19 +5,26 @@ from __future__ import annotations
 import gc
 from contextlib import suppress
 
-__all__ = ["collect_rarely", "give_back"]
+__all__ = ["collect_late", "give_back"]
 
 NEW_OBJECTS = 100_000
-"""Between two collections. A start makes some 200,000, and nearly all of them stay: Python's 700
-had it go through them for a tenth of the time."""
+"""Until the first collection. What a start makes stays nearly all: with Python's 700 it is gone
+through again and again, for a tenth of the time."""
 
 
-def collect_rarely() -> None:
-    """For a process of our own: look for cycles rarely. What has no cycle is freed at once anyway.
+def collect_late() -> None:
+    """For a process of our own: look for cycles only when the start is over, then as usual.
 
     Call before other modules are imported.
     """
-    gc.set_threshold(NEW_OBJECTS, *gc.get_threshold()[1:])
+    usual = gc.get_threshold()
+
+    def first(_phase: str, _info: dict[str, int]) -> None:
+        gc.set_threshold(*usual)
+        gc.callbacks.remove(first)
+
+    gc.callbacks.append(first)
+    gc.set_threshold(NEW_OBJECTS, *usual[1:])
 
 
 def give_back() -> None:

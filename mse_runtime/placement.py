@@ -1,7 +1,8 @@
 """The memory plan: what goes where, before anything is loaded, and what was measured afterwards.
 
 Sizes come from the file's own tensor table, never from nominal bits. The plan is for the peak of
-resident memory (RSS) of this process and for the GPU's memory; both are meant to be within 10 %.
+resident memory (RSS) of this process, with one that reads clips beside it, and for the GPU's
+memory; both are meant to be within 10 %.
 """
 
 from __future__ import annotations

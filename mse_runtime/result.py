@@ -48,7 +48,7 @@ class Prediction:
 
     `timing_ms` holds decode, features, adapter, prefill, readout, load and total; decode, features
     and load run side by side, so the stages add up to more than the total. `memory_mb` holds the
-    process's peak RSS and the VRAM in use.
+    peak RSS, with that of a process beside that read the clip, and the VRAM in use.
     """
 
     task: str

@@ -445,7 +445,7 @@ def test_lists_of_anything_never_crash(
 
 @pytest.mark.parametrize("reading", [False, True])
 def test_kill_9_ends_the_feature_processes_too(reading: bool) -> None:
-    """They see the end of their input; the one in the middle of a clip when that is read."""
+    """Between two clips and in the middle of one."""
     code = (
         "import os, signal\n"
         "from mse_runtime.features import pool\n"
@@ -458,7 +458,8 @@ def test_kill_9_ends_the_feature_processes_too(reading: bool) -> None:
         "die()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    worker = Path("/proc") / done.stdout.strip()
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    worker = Path("/proc") / str(int(done.stdout))
     for _ in range(600):
         if not (worker / "exe").exists():
             return

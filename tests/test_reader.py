@@ -9,15 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+import wave
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 from fault_tools import CLIP, ROOT, command, decoder_traps
 
 from mse_runtime import Analyzer, background
+from mse_runtime.errors import MediaError
 from mse_runtime.features.pool import FeaturePool
-from mse_runtime.features.spec import CHILD_PEAK
+from mse_runtime.features.spec import Features
 from mse_runtime.placement import MB, measured
+from mse_runtime.result import Stopwatch
 
 pytestmark = pytest.mark.skipif(background.cores() == 1, reason="one core: no process beside")
 TEXT = "I really love it."
@@ -66,9 +70,8 @@ def test_the_answer_is_that_of_one_process() -> None:
 def test_a_pool_is_used_where_pictures_are_not_kept() -> None:
     with FeaturePool() as pool, Analyzer.open("tiny", adapter="onnx", pool=pool) as analyzer:
         found = analyzer.analyze(CLIP, TEXT, end=1.0)
-        features = analyzer.last_features
-        assert features is not None
-        beside = features.info[CHILD_PEAK]
+        assert analyzer.last_features is not None
+        beside = analyzer.last_features.process_peak
         assert 30 * MB < beside < 1000 * MB
         assert found.memory_mb["peak_rss"] == pytest.approx(
             (measured().peak_rss + beside) / MB, rel=0.05
@@ -77,7 +80,10 @@ def test_a_pool_is_used_where_pictures_are_not_kept() -> None:
         assert again.distribution == found.distribution
         assert analyzer.last_features is not None
         assert analyzer.last_features.info["frames"]
-        assert CHILD_PEAK not in analyzer.last_features.info
+        assert analyzer.last_features.process_peak == 0
+        # A pool that is kept: features that were there before bring no process with them.
+        later = analyzer.analyze_features(analyzer.last_features, TEXT)
+        assert later.memory_mb["peak_rss"] == pytest.approx(measured().peak_rss / MB, rel=0.05)
 
 
 def test_a_clip_that_kills_its_decoder_is_an_error(tmp_path: Path) -> None:
@@ -121,6 +127,80 @@ def test_without_another_process_this_one_reads_the_clip() -> None:
     done = command(CLIP, TEXT, "--end", "1", before=code)
     assert done.returncode == 0, done.stderr
     assert "positive" in done.stdout
+
+
+def test_a_process_that_reads_once_is_gone_after_its_clip() -> None:
+    request = {"path": str(CLIP), "audio_spec": "lld13/1", "face_spec": None, "end": 0.5}
+    with FeaturePool(once=True) as pool:
+        pool.start()
+        for _ in range(2):
+            assert pool.submit(request).result().audio is not None
+            process = pool._all[0]._process
+            assert process is not None
+            assert process.wait(30) == 0
+        pool.retire()
+        assert pool._all[0]._process is None
+
+
+@pytest.mark.parametrize("more", [(), ("--low-memory",)])
+def test_a_clip_of_which_nothing_can_be_used_is_answered_from_its_text(
+    more: tuple[str, ...], tmp_path: Path
+) -> None:
+    with wave.open(str(tmp_path / "short.wav"), "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(16_000)
+        sound.writeframes(bytes(2 * 160))
+    done = command(tmp_path / "short.wav", TEXT, "--jsonl", *more)
+    assert done.returncode == 0, done.stderr
+    assert "voice is masked" in " ".join(json.loads(done.stdout)["warnings"])
+
+
+@pytest.mark.parametrize("info", ['"x"', '{"decode": "x"}', '{"decode": NaN, "face": -1}', "{}"])
+def test_what_a_process_says_about_itself_cannot_hurt(info: str) -> None:
+    features = Features(None, None, 1.0, (), {"seconds": json.loads(info)})
+    ready: Future[Features] = Future()
+    ready.set_result(features)
+    with Analyzer.open("tiny", adapter="onnx") as analyzer:
+        watch = Stopwatch()
+        found = analyzer._answer(ready, TEXT, None, None, None, watch, fresh=True)
+        assert set(found.timing_ms) <= {"load", "adapter", "prefill", "readout", "total"}
+
+
+def test_closing_does_not_wait_for_a_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor for one whose own child holds the pipe."""
+    hang = "import subprocess, time; subprocess.Popen(['sleep', '20'], start_new_session=True)"
+    monkeypatch.setattr("mse_runtime.features.pool.CHILD", f"{hang}; time.sleep(60)")
+    begun = time.monotonic()
+    with FeaturePool() as pool:
+        pending = pool.submit({"path": "clip.mp4"})
+        time.sleep(1.0)
+    with pytest.raises(MediaError):
+        pending.result()
+    assert time.monotonic() - begun < 30
+
+
+def test_a_closed_output_is_no_error(tmp_path: Path) -> None:
+    code = "from mse_runtime.entry import mse_run; mse_run()"
+    out = tmp_path / "f.npz"
+    done = subprocess.run(
+        f'"$PYTHON" -c "{code}" "{CLIP}" --end 1 --features-only -o "{out}" >&-',
+        shell=True, env={**os.environ, "PYTHON": sys.executable}, cwd=ROOT, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert out.exists()
+
+
+def test_cycles_are_looked_for_as_usual_once_a_program_has_started() -> None:
+    code = (
+        "import gc; usual = gc.get_threshold()\n"
+        "from mse_runtime import heap; heap.collect_late()\n"
+        "late = gc.get_threshold()\n"
+        "kept = [[] for _ in range(200_000)]\n"
+        "print(late[0] > 100 * usual[0], gc.get_threshold() == usual, len(gc.callbacks))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "True True 0\n", done.stderr
 
 
 def test_a_text_that_cannot_be_is_said_at_once() -> None:

@@ -22,7 +22,7 @@ from mse_runtime.bundle import load_bundle
 from mse_runtime.bundle.hub import builtin_bundles, resolve_bundle
 from mse_runtime.datasets import load_dataset
 from mse_runtime.datasets.safe_pickle import load_pickle
-from mse_runtime.errors import MediaError
+from mse_runtime.errors import MediaError, MSEError
 from mse_runtime.features.extract import extract
 from mse_runtime.features.npz import load_npz
 from mse_runtime.features.pool import MAX_REPLY, FeaturePool
@@ -162,6 +162,7 @@ def test_a_pipe_is_no_feature_file(tmp_path: Path) -> None:
         "print('[1]')",
         "import time; print('{', end='', flush=True); time.sleep(60)",
         'print(\'{"size": 0, "peak_rss": 1, "error": {"type": "annotations", "message": "m"}}\')',
+        'print(\'{"size": 0, "peak_rss": 1, "error": {"type": "DeviceError", "message": "m"}}\')',
         'print(\'{"size": 0, "peak_rss": 1, "error": 5}\')',
         'print(\'{"size": 0, "peak_rss": "1"}\')',
         'print(\'{"size": 99999999999, "peak_rss": 1}\')',
@@ -178,8 +179,9 @@ def test_a_worker_taken_over_can_fail_its_row_and_no_more(
     monkeypatch.setattr("mse_runtime.features.pool.CHILD", child)
     with FeaturePool(1, timeout=3, memory_mb=1024) as pool:
         for _ in range(2):
-            with pytest.raises(MediaError):
+            with pytest.raises(MSEError) as raised:
                 pool.submit({"path": "clip.mp4"}).result(timeout=60)
+            assert type(raised.value) in (MSEError, MediaError)  # a DeviceError ends a batch
 
 
 def test_a_bundle_has_no_file_that_anything_would_execute(tmp_path: Path) -> None:

@@ -82,7 +82,11 @@ def write_npz(handle: IO[bytes], features: Features, *, compress: bool = True) -
 
 
 def load_npz(
-    path: str | Path | IO[bytes], *, audio_spec: str | None = None, face_spec: str | None = None
+    path: str | Path | IO[bytes],
+    *,
+    audio_spec: str | None = None,
+    face_spec: str | None = None,
+    masked: bool = False,
 ) -> Features:
     """Read a feature file.
 
@@ -90,6 +94,7 @@ def load_npz(
         path: an .npz made by `save_npz`, or one with plain `audio` and/or `video` matrices; or
             such a file open for reading.
         audio_spec, face_spec: ids for a plain file that doesn't name them.
+        masked: also one without a track, of a clip of which nothing could be used.
 
     Raises:
         MediaError: missing, not an .npz, damaged, pickled objects, a size over the limit, or
@@ -105,7 +110,7 @@ def load_npz(
             f"{path} is not a feature file that can be read: {reason}. Expected an .npz with "
             "`audio` [T, d] and/or `video` [T, d]; write one with mse-run --features-only."
         ) from error
-    if "audio" not in arrays and "video" not in arrays:
+    if not masked and "audio" not in arrays and "video" not in arrays:
         raise MediaError(
             f"{path} holds neither `audio` nor `video`, but {', '.join(found[:10]) or 'nothing'}. "
             "Save at least one matrix [T, d] under one of these names."

@@ -21,8 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
-from mse_runtime import errors
-from mse_runtime.errors import MediaError, MSEError
+from mse_runtime.errors import BundleError, MediaError, MSEError, UsageError
 
 if TYPE_CHECKING:
     from mse_runtime.features.spec import Features
@@ -34,62 +33,75 @@ CHILD = (
     "import json, sys; sys.path[:] = [p for p in json.loads(sys.argv.pop(1)) if p]; "
     "from mse_runtime.features.worker import main; main()"
 )
+KINDS = {kind.__name__: kind for kind in (MSEError, UsageError, MediaError, BundleError)}
+"""What a worker may report: the others end more than a clip, and are not its to raise."""
 MAX_REPLY = 1 << 16
 PIECE = 1 << 20
+LOOK = 0.5
+"""Seconds between two looks whether the pool was closed."""
 
 
 class FeaturePool:
     """`workers` child processes; `submit` gives a future of `Features`.
 
     timeout: seconds one clip may take. memory_mb: address space of a worker, in MiB. None for no
-    limit. A clip that goes over either, or kills its worker, fails with MediaError; the worker is
-    replaced.
+    limit. once: a process ends after its first clip, and another one is started for the next. A
+    clip that goes over a limit, or kills its worker, fails with MediaError; the worker is replaced.
     """
 
     def __init__(
-        self, workers: int = 1, timeout: float | None = None, memory_mb: int | None = None
+        self,
+        workers: int = 1,
+        timeout: float | None = None,
+        memory_mb: int | None = None,
+        *,
+        once: bool = False,
     ) -> None:
         self.workers = workers
         self._timeout = timeout
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-        self._all = [_Worker(memory_mb) for _ in range(workers)]
+        self._stopped = threading.Event()
+        self._all = [_Worker(memory_mb, once, self._stopped) for _ in range(workers)]
         for worker in self._all:
             self._idle.put(worker)
+        # The processes end with the threads that started them (see `worker.main`): these.
         self._threads = ThreadPoolExecutor(workers, "mse-worker")
-        self._stopped = threading.Event()
 
     def start(self) -> None:
-        """Start the processes before the first request: what they import is ready then."""
+        """Start the processes before the first request: what they import is ready then.
+
+        Raises OSError where the system allows no more.
+        """
         for worker in self._all:
-            worker.start()
+            self._threads.submit(worker.start).result()
 
     def submit(self, request: dict[str, Any]) -> Future[Features]:
         """Features for keyword arguments of `extract`; see `worker.answer` for the others."""
         return self._threads.submit(self._run, request)
 
     def _run(self, request: dict[str, Any]) -> Features:
-        from mse_runtime.features.npz import load_npz
-        from mse_runtime.features.spec import CHILD_PEAK
+        from dataclasses import replace
 
-        if self._stopped.is_set():
-            raise MediaError("the extraction was stopped")
+        from mse_runtime.features.npz import load_npz
+
         worker = self._idle.get()
         try:
             reply, content = worker.ask(request, self._timeout)
         finally:
             self._idle.put(worker)
         if "error" in reply:
-            kind: Any = getattr(errors, reply["error"]["type"], None)
-            if not (isinstance(kind, type) and issubclass(kind, MSEError)):
-                kind = MediaError
-            raise kind(reply["error"]["message"])
-        features = load_npz(io.BytesIO(content))
-        features.info[CHILD_PEAK] = reply["peak_rss"]
-        return features
+            raise KINDS.get(reply["error"]["type"], MSEError)(reply["error"]["message"])
+        try:
+            features = load_npz(io.BytesIO(content), masked=True)
+        except MediaError:
+            raise MediaError(f"{request['path']}: its features cannot be read") from None
+        return replace(features, process_peak=reply["peak_rss"])
 
     def retire(self) -> None:
-        """No more requests: whoever ends this process next need not wait for `close`."""
+        """No more requests; waits for processes that have had their only clip to end."""
         self._threads.shutdown(wait=False)
+        for worker in self._all:
+            worker.reap()
 
     def close(self) -> None:
         """Stop the workers, whatever they do."""
@@ -113,82 +125,128 @@ class FeaturePool:
 
 
 class _Worker:
-    """One child process, started when it is first asked and again after it died."""
+    """One child process, started when it is first asked and again after it ended."""
 
-    def __init__(self, memory_mb: int | None) -> None:
+    def __init__(self, memory_mb: int | None, once: bool, stopped: threading.Event) -> None:
         self._memory = memory_mb
+        self._once = once
+        self._stopped = stopped
         self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, request: dict[str, Any], timeout: float | None) -> tuple[dict[str, Any], bytes]:
         """Send one request and wait for its reply and the feature file with it.
 
         Raises:
-            MediaError: no reply in `timeout` seconds, or the process died.
+            MediaError: no reply in `timeout` seconds, one that makes no sense, or the process died.
         """
-        clip = request["path"]
-        process = self._process or self.start()
+        clip, line = request["path"], json.dumps(request).encode() + b"\n"
+        process = self._process
+        if process is None or process.stdin is None or process.stdin.closed:
+            process = self.start()
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.write(line)
             process.stdin.flush()
-            return _reply(process.stdout, timeout)
+            found = _reply(process.stdout, timeout, self._stopped)
+            if self._once:
+                with contextlib.suppress(OSError):
+                    process.stdin.close()  # its input ends, and so does it
+            return found
         except TimeoutError:
             self.kill()
             raise MediaError(
                 f"{clip}: no features after {timeout:g} s, so it was given up. Give more time with "
                 "--clip-timeout, or a shorter piece with start and end."
             ) from None
+        except _TooMuchError as error:
+            self.kill()
+            raise MediaError(f"{clip}: {error}") from None
         except (OSError, ValueError, TypeError, LookupError, RecursionError):
             raise MediaError(f"{clip}: {self._post_mortem()}") from None
 
     def start(self) -> subprocess.Popen[bytes]:
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", CHILD, json.dumps(sys.path), str(self._memory or 0)],
+        """A new process; MediaError where the pool is closed, OSError where there can be none."""
+        self.kill()
+        made = subprocess.Popen(
+            [
+                sys.executable, "-P", "-c", CHILD, json.dumps(sys.path), str(self._memory or 0),
+                str(os.getpid()),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is the parent's to handle
-        )
-        return self._process
+        )  # fmt: skip
+        self._process = made
+        if self._stopped.is_set():  # `close` may not have seen it
+            self.kill()
+            raise MediaError("the extraction was stopped")
+        return made
 
     def _post_mortem(self) -> str:
-        process = self._process
-        self.kill()
-        code = process.returncode if process else None
-        if code is not None and code < 0:
+        code = self.kill()
+        if code is None:
+            return "the process that reads it gave no reply that makes sense"
+        why = f"; it may need more than {self._memory} MB" if self._memory else ""
+        if code == -signal.SIGKILL:
+            return f"the process that reads it was killed, perhaps for want of memory{why}"
+        if code < 0:
             with contextlib.suppress(ValueError):
                 return f"the decoder died ({signal.Signals(-code).name}); the clip is broken"
-        why = f"; it may need more than {self._memory} MB" if self._memory else ""
         return f"the decoder stopped (exit code {code}){why}"
 
-    def kill(self) -> None:
-        """End the process if there is one. Safe from any thread."""
+    def reap(self) -> None:
+        """Wait for a process whose input was closed; others are left alone."""
+        process = self._process
+        if process is not None and process.stdin is not None and process.stdin.closed:
+            self.kill()
+
+    def kill(self) -> int | None:
+        """End the process if there is one. Safe from any thread.
+
+        Returns its exit status where it ended by itself.
+        """
         process, self._process = self._process, None
-        if process is not None:
-            # A child that has already ended keeps its own exit status.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(0.05)
-            process.kill()
+        if process is None:
+            return None
+        if process.stdin is not None:
+            with contextlib.suppress(OSError):
+                process.stdin.close()
+        code: int | None = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = process.wait(0.05)
+        if code is None:
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)  # and what a hostile clip had it start
             process.wait()
-            for stream in (process.stdin, process.stdout):
-                if stream is not None:
-                    with contextlib.suppress(OSError):
-                        stream.close()
+        if process.stdout is not None:
+            with contextlib.suppress(OSError):
+                process.stdout.close()
+        return code
 
 
-def _reply(stream: IO[bytes], timeout: float | None) -> tuple[dict[str, Any], bytes]:
+class _TooMuchError(Exception):
+    """More features than are taken."""
+
+
+def _reply(
+    stream: IO[bytes], timeout: float | None, stopped: threading.Event
+) -> tuple[dict[str, Any], bytes]:
     """A reply in time and of a bounded length: who writes it may be a hostile clip by now."""
     from mse_runtime.features.npz import MAX_BYTES
 
-    end = None if timeout is None else time.monotonic() + timeout
+    end = float("inf") if timeout is None else time.monotonic() + timeout
     data = bytearray()
     with selectors.DefaultSelector() as ready:
         ready.register(stream, selectors.EVENT_READ)
 
         def more() -> None:
-            if not ready.select(None if end is None else max(0.0, end - time.monotonic())):
-                raise TimeoutError
+            while not ready.select(max(0.0, min(LOOK, end - time.monotonic()))):
+                if stopped.is_set():
+                    raise ValueError("stopped")
+                if time.monotonic() >= end:
+                    raise TimeoutError
             piece = os.read(stream.fileno(), PIECE)
             if not piece:
                 raise ValueError("no reply")
@@ -200,8 +258,13 @@ def _reply(stream: IO[bytes], timeout: float | None) -> tuple[dict[str, Any], by
             more()
         reply = dict(json.loads(bytes(data[:length])))
         size, peak = reply["size"], reply["peak_rss"]
-        if not (type(size) is type(peak) is int and 0 <= size <= MAX_BYTES + MAX_REPLY):
+        if not (type(size) is type(peak) is int and size >= 0 and 0 <= peak < 1 << 50):
             raise ValueError("no reply of ours")
+        if size > MAX_BYTES + MAX_REPLY:
+            raise _TooMuchError(
+                f"its features take {size >> 20} MB, over {MAX_BYTES >> 20} MB. Take a shorter "
+                "piece, or fewer frames a second."
+            )
         if "error" in reply:
             reply["error"] = {key: str(reply["error"][key]) for key in ("type", "message")}
         del data[: length + 1]

@@ -121,10 +121,6 @@ class FeatureTrack:
         return int(self.values.shape[1])
 
 
-CHILD_PEAK = "worker_peak_rss"
-"""Of `Features.info`: the most bytes that were resident of the process they were extracted in."""
-
-
 @dataclass(frozen=True)
 class Features:
     """What was seen and heard in a clip, or read from a feature file."""
@@ -135,7 +131,10 @@ class Features:
     """Seconds of the clip that were read (the window, not the whole file)."""
     warnings: tuple[str, ...] = ()
     info: dict[str, Any] = field(default_factory=dict)
-    """What is worth telling: chosen face, fps, decode statistics, seconds of each stage."""
+    """What is worth telling: chosen face, fps, decode statistics, seconds of each stage. Anything,
+    where it comes from a file."""
+    process_peak: int = 0
+    """The most bytes that were resident of the process beside that read the clip; 0: this one."""
 
 
 def known_specs() -> tuple[str, ...]:

@@ -1,11 +1,11 @@
 """A child process that turns clips into features, one at a time.
 
-    main() with sys.argv[1] = limit on its address space in MiB, or 0
+    main() with sys.argv[1:] = [limit on its address space in MiB or 0, the parent's process id]
 
 Requests are JSON lines on stdin: keyword arguments of `extract`, a bundle by its folder. A reply
 is a JSON line on stdout and, after it, as many bytes of a feature file as its "size" says; the
-parent reads both with every size checked. Nothing is pickled: a decoder that a hostile file took
-over gets no way into the parent.
+parent reads both with every size checked. Nothing is pickled, so a decoder that a hostile file
+took over can send wrong features, but no objects and no code.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ PR_SET_PDEATHSIG = 1
 def main() -> None:
     if limit := int(sys.argv[1]):
         limit_memory(limit << 20)
-    heap.collect_rarely()
-    _end_with_parent()
+    heap.collect_late()
+    _end_with_parent(int(sys.argv[2]))
     # Libraries that print to stdout must not be taken for replies.
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
@@ -58,12 +58,17 @@ def limit_memory(limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def _end_with_parent() -> None:
-    """Where the system can: a decoder that hangs would not see that its input has ended."""
+def _end_with_parent(parent: int) -> None:
+    """Where the system can: a decoder that hangs would not see that its input has ended.
+
+    Linux asks about the thread that started this process.
+    """
     if sys.platform == "linux":
         import ctypes
 
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before
+            os._exit(0)
 
 
 def _import_ahead() -> None:
@@ -97,8 +102,8 @@ def answer(request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
         return _refusal(_public(error), str(error)), b""
     except MemoryError:
         return _refusal("MediaError", f"{path}: decoding it takes more memory than allowed."), b""
-    except Exception as error:
-        return _refusal("MediaError", f"{path}: {type(error).__name__}: {error}"), b""
+    except Exception as error:  # whatever it was, the next clip has another chance
+        return _refusal("MSEError", f"{path}: {type(error).__name__}: {error}"), b""
     return {}, content.getvalue()
 
 
