@@ -25,7 +25,7 @@ from mse_runtime.batch.export import convert, journal_path
 from mse_runtime.batch.journal import Journal
 from mse_runtime.batch.rows import Row, read_rows
 from mse_runtime.batch.run import run
-from mse_runtime.errors import DecodeError, DeviceError, MediaError, UsageError
+from mse_runtime.errors import DecodeError, DeviceError, MediaError, MSEError, UsageError
 from mse_runtime.features.npz import load_npz
 from mse_runtime.features.pool import FeaturePool
 
@@ -234,7 +234,7 @@ def test_a_module_beside_the_clips_is_not_run(tmp_path: Path) -> None:
 
 
 def test_a_clip_that_takes_too_much_memory_fails_alone() -> None:
-    with FeaturePool(1, timeout=60, memory_mb=256) as pool, pytest.raises(MediaError):
+    with FeaturePool(1, timeout=60, memory_mb=256) as pool, pytest.raises(MSEError):
         pool.submit({**REQUEST, "threads": 2}).result()
 
 
