@@ -9,7 +9,7 @@ __all__ = ["collect_late", "give_back"]
 
 NEW_OBJECTS = 100_000
 """Until the first collection. What a start makes stays nearly all: with Python's 700 it is gone
-through again and again, for a tenth of the time."""
+through again and again."""
 
 
 def collect_late() -> None:
