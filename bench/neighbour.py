@@ -10,7 +10,6 @@ wait for each other at barriers would show as ten times and more.
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import subprocess
 import sys
@@ -26,8 +25,10 @@ def beside(pair: Pair, args: argparse.Namespace, write: Writer) -> None:
     """Answers alone and beside the neighbours, which are stopped and continued in turns."""
     from engine import Engine
 
+    from mse_runtime import background
+
     engine = Engine(pair, args.threads)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+    cores = background.cores()
     crowd = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(cores)]
     alone: list[float] = []
     busy: list[float] = []

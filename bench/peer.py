@@ -171,7 +171,7 @@ def _rotary(model: Any, device: str) -> None:
 
 
 def serve(peer: Peer) -> None:
-    from mse_runtime.placement import measured
+    from mse_runtime.memory import measured
 
     new_tokens = int(peer.wanted["new_tokens"])
     for text in sys.stdin:

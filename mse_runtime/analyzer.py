@@ -27,8 +27,9 @@ from mse_runtime.errors import UsageError
 from mse_runtime.features.normalise import prepare
 from mse_runtime.features.spec import Features
 from mse_runtime.loaded import Loaded
+from mse_runtime.memory import measured
 from mse_runtime.parity import Generated, generate
-from mse_runtime.placement import MB, measured
+from mse_runtime.placement import MB
 from mse_runtime.prompt import Prompt, build, check_text
 from mse_runtime.readout import Answer, Readout
 from mse_runtime.result import Prediction, Stopwatch

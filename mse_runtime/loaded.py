@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from mse_runtime import background
 from mse_runtime.bundle import Bundle
 from mse_runtime.errors import BackboneError, DeviceError
-from mse_runtime.placement import Plan, check_gpu, measured, open_planned
+from mse_runtime.memory import measured
+from mse_runtime.placement import Plan, check_gpu, open_planned
 from mse_runtime.readout import Readout
 from mse_runtime.result import Stopwatch
 from mse_runtime.sizing import default_threads, make_plan, positions

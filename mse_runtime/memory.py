@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["available", "peak_rss"]
+__all__ = ["Measured", "available", "measured"]
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 UNLIMITED = 1 << 62
@@ -22,9 +23,27 @@ def available() -> int:
     return max(min(found), 1) if found else 0
 
 
-def peak_rss() -> int:
-    """Bytes: the most that was resident of this process; 0 where the system does not say."""
-    return _field(PROC / "self" / "status", "VmHWM:") or 0
+@dataclass(frozen=True)
+class Measured:
+    """This process's memory in bytes."""
+
+    peak_rss: int
+    rss: int
+    anonymous: int
+    mapped: int
+
+
+def measured() -> Measured:
+    """Resident memory as the kernel counts it; zeros where /proc is missing."""
+    found = {"VmHWM": 0, "VmRSS": 0, "RssAnon": 0, "RssFile": 0}
+    try:
+        for line in (PROC / "self" / "status").read_text(encoding="ascii").splitlines():
+            name, _, value = line.partition(":")
+            if name in found:
+                found[name] = int(value.split()[0]) * 1024
+    except OSError:
+        pass
+    return Measured(found["VmHWM"], found["VmRSS"], found["RssAnon"], found["RssFile"])
 
 
 def _machine() -> int | None:

@@ -22,12 +22,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Item",
-    "Measured",
     "Plan",
     "check_gpu",
     "free_vram",
     "gpu_problem",
-    "measured",
     "open_planned",
     "plan",
 ]
@@ -149,7 +147,7 @@ def plan(
     behind it is reserved but never touched). program: bytes of the process before; default what
     it has now. Loads llama.cpp where weights are copied: what it copies depends on its build.
     """
-    program = _rss() if program is None else program
+    program = memory.measured().rss if program is None else program
     sizes = _Sizes(gguf, -(-n_ctx // 256) * 256, _KV_BYTES[kv_type], n_outputs_max)
     count = sizes.n_layer + 1
     if n_gpu_layers is None:
@@ -291,33 +289,6 @@ def open_planned(
 
 
 # What is there
-
-
-@dataclass(frozen=True)
-class Measured:
-    """This process's memory in bytes."""
-
-    peak_rss: int
-    rss: int
-    anonymous: int
-    mapped: int
-
-
-def measured() -> Measured:
-    """Resident memory as the kernel counts it; zeros where /proc is missing."""
-    found = {"VmHWM": 0, "VmRSS": 0, "RssAnon": 0, "RssFile": 0}
-    try:
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            name, _, value = line.partition(":")
-            if name in found:
-                found[name] = int(value.split()[0]) * 1024
-    except OSError:
-        pass
-    return Measured(found["VmHWM"], found["VmRSS"], found["RssAnon"], found["RssFile"])
-
-
-def _rss() -> int:
-    return measured().rss
 
 
 def free_vram() -> int:

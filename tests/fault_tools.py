@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 __all__ = [
-    "CLIP", "ROOT", "TINY", "batch_list", "command", "decoder_traps", "json_lines", "tiny_disk",
+    "CLIP", "ROOT", "TINY", "batch_list", "command", "decoder_traps", "json_lines", "preloaded",
+    "tiny_disk",
 ]  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,13 +54,18 @@ TRAPPED(open64)
 
 def decoder_traps(folder: Path) -> dict[str, str]:
     """The environment in which `hangs.mp4` and `crashes.mp4` do what they are called."""
+    return preloaded(folder, TRAPS)
+
+
+def preloaded(folder: Path, source: str) -> dict[str, str]:
+    """The environment in which the C functions of `source` stand in for those of their names."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None or os.uname().sysname != "Linux":
-        pytest.skip("no C compiler for a decoder that hangs and crashes")
-    shim = folder / "traps.so"
+        pytest.skip("no C compiler for a library to preload")
+    shim = folder / "preloaded.so"
     subprocess.run(
         [compiler, "-x", "c", "-", "-shared", "-fPIC", "-o", str(shim), "-ldl"],
-        input=TRAPS, text=True, check=True,
+        input=source, text=True, check=True,
     )  # fmt: skip
     return {"LD_PRELOAD": str(shim)}
 

@@ -145,7 +145,7 @@ def test_the_peak_is_not_the_file_and_its_copy(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "from mse_runtime.backbone import Backbone\n"
-        "from mse_runtime.placement import measured\n"
+        "from mse_runtime.memory import measured\n"
         "Backbone.open(sys.argv[1], threads=1, extra_bufts=False, n_ctx=256).close()\n"
         "before = measured().peak_rss\n"
         "model = Backbone.open(sys.argv[2], threads=1, extra_bufts=True, n_ctx=256)\n"

@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from fault_tools import CLIP, ROOT, batch_list, command, json_lines, tiny_disk
+from fault_tools import CLIP, ROOT, batch_list, command, json_lines, preloaded, tiny_disk
 from make_fixtures import Shape, synthetic_gguf
 
 from mse_runtime import cache, memory
@@ -59,19 +59,12 @@ time_t time(time_t *out) {
 
 
 def test_a_clock_that_jumps_changes_no_answer_and_no_time(tmp_path: Path) -> None:
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None or os.uname().sysname != "Linux":
-        pytest.skip("no C compiler for the clock that jumps")
-    shim = tmp_path / "clock.so"
-    subprocess.run(
-        [compiler, "-x", "c", "-", "-shared", "-fPIC", "-o", str(shim), "-ldl"],
-        input=JUMPING_CLOCK, text=True, check=True,
-    )  # fmt: skip
+    clock = preloaded(tmp_path, JUMPING_CLOCK)
     listing = batch_list(tmp_path, 4)
     text = listing.read_text("utf-8").replace("id,features,text", "id,features,text,clip")
     listing.write_text(f"{text}clip,,I love it.,{CLIP}\n", "utf-8")
     values = []
-    for name, env in (("steady", {}), ("jumping", {"LD_PRELOAD": str(shim)})):
+    for name, env in (("steady", {}), ("jumping", clock)):
         out = tmp_path / f"{name}.jsonl"
         arguments = ("--batch", listing, "-o", out, "--adapter", "onnx", "--clip-timeout", 100)
         done = command(*map(str, arguments), env=env)
@@ -82,7 +75,7 @@ def test_a_clock_that_jumps_changes_no_answer_and_no_time(tmp_path: Path) -> Non
             assert all(0 <= ms < 300_000 for ms in entry["timing_ms"].values()), entry["timing_ms"]
     assert values[0] == values[1]
     jumped = "import time; a = time.time(); assert abs(time.time() - a) > 1e8"
-    assert command("--help", env={"LD_PRELOAD": str(shim)}, before=jumped).returncode == 0
+    assert command("--help", env=clock, before=jumped).returncode == 0
 
 
 # -- locale ------------------------------------------------------------------------------------

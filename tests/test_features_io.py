@@ -433,7 +433,7 @@ def test_two_hours_take_no_more_memory_than_ten_seconds(tmp_path: Path) -> None:
         "from mse_runtime.features.extract import extract\n"
         "f = extract(sys.argv[1], start=float(sys.argv[2]), end=float(sys.argv[2]) + 4)\n"
         "assert len(f.face) == 20, len(f.face)\n"
-        "from mse_runtime.placement import measured\n"
+        "from mse_runtime.memory import measured\n"
         "print(measured().peak_rss / 1e6)\n"
     )
     short = two_hours(tmp_path / "short.mp4", seconds=10)

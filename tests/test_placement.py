@@ -19,7 +19,8 @@ from mse_runtime.backbone.mapped import CopiedPages
 from mse_runtime.backbone.repack import output_stays_mapped
 from mse_runtime.errors import BackboneError, DeviceError
 from mse_runtime.gguf import Gguf
-from mse_runtime.placement import MB, check_gpu, gpu_problem, measured, open_planned, plan
+from mse_runtime.memory import measured
+from mse_runtime.placement import MB, check_gpu, gpu_problem, open_planned, plan
 
 MIB = 1 << 20
 
@@ -232,7 +233,8 @@ import json, sys
 import numpy as np
 from mse_runtime.backbone import Backbone
 from mse_runtime.gguf import Gguf
-from mse_runtime.placement import measured, plan
+from mse_runtime.memory import measured
+from mse_runtime.placement import plan
 path, low = sys.argv[1], sys.argv[2] == "low"
 with Gguf.open(path) as gguf:
     planned = plan(gguf, low_memory=low, positions=110)

@@ -20,7 +20,8 @@ from mse_runtime import Analyzer, background
 from mse_runtime.errors import MediaError
 from mse_runtime.features.pool import FeaturePool
 from mse_runtime.features.spec import Features
-from mse_runtime.placement import MB, measured
+from mse_runtime.memory import measured
+from mse_runtime.placement import MB
 from mse_runtime.result import Stopwatch
 
 pytestmark = pytest.mark.skipif(background.cores() == 1, reason="one core: no process beside")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import os
 import shutil
-import subprocess
 import zipfile
 from collections.abc import Callable
 from io import BytesIO
@@ -15,7 +14,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from fault_tools import CLIP, ROOT, command
+from fault_tools import CLIP, ROOT, command, preloaded
 from media_files import write_clip
 
 from mse_runtime.bundle import load_bundle
@@ -208,15 +207,10 @@ int getaddrinfo(const char *name, const char *s, const struct addrinfo *h, struc
 
 def test_an_answer_asks_the_network_nothing_and_leaves_no_trace(tmp_path: Path) -> None:
     """ONNX Runtime's wheels would report to their maker some seconds after the first session."""
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler to watch name lookups with")
-    shim = tmp_path / "lookups.so"
-    subprocess.run(
-        [compiler, "-x", "c", "-", "-shared", "-fPIC", "-o", str(shim)],
-        input=LOOKUPS, text=True, check=True,
-    )  # fmt: skip
-    watched = {"LD_PRELOAD": str(shim), "HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path)}
+    watched = preloaded(tmp_path, LOOKUPS) | {
+        "HOME": str(tmp_path / "home"),
+        "TMPDIR": str(tmp_path),
+    }
     code = (
         "import socket, sys, time\n"
         "from mse_runtime import Analyzer\n"
@@ -232,7 +226,7 @@ def test_an_answer_asks_the_network_nothing_and_leaves_no_trace(tmp_path: Path) 
     assert done.returncode == 7, done.stderr
     assert done.stderr.splitlines() == ["looked up example.invalid"]
     assert [*(tmp_path / "home").iterdir()] == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "lookups.so"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "preloaded.so"]
 
 
 def test_a_clip_with_a_data_track_is_read_to_its_end(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ class FeaturePool:
         self._all = [_Worker(memory_mb, once, self._stopped) for _ in range(workers)]
         for worker in self._all:
             self._idle.put(worker)
-        # The processes end with the threads that started them (see `worker.main`): these.
+        # The processes end with the threads that started them (`worker._end_with_parent`): these.
         self._threads = ThreadPoolExecutor(workers, "mse-worker")
 
     def start(self) -> None:
@@ -185,7 +185,11 @@ class _Worker:
         return made
 
     def _post_mortem(self) -> str:
-        code = self.kill()
+        process, code = self._process, None
+        if process is not None:  # before its input is closed, which would end it, too
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = process.wait(0.05)
+        self.kill()
         if code is None:
             return "the process that reads it gave no reply that makes sense"
         why = f"; it may need more than {self._memory} MB" if self._memory else ""
@@ -202,28 +206,23 @@ class _Worker:
         if process is not None and process.stdin is not None and process.stdin.closed:
             self.kill()
 
-    def kill(self) -> int | None:
-        """End the process if there is one. Safe from any thread.
-
-        Returns its exit status where it ended by itself.
-        """
+    def kill(self) -> None:
+        """End the process if there is one. Safe from any thread."""
         process, self._process = self._process, None
         if process is None:
-            return None
+            return
         if process.stdin is not None:
             with contextlib.suppress(OSError):
                 process.stdin.close()
-        code: int | None = None
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            code = process.wait(0.05)
-        if code is None:
+        try:
+            process.wait(0.05)
+        except subprocess.TimeoutExpired:
             with contextlib.suppress(OSError):
                 os.killpg(process.pid, signal.SIGKILL)  # and what a hostile clip had it start
             process.wait()
         if process.stdout is not None:
             with contextlib.suppress(OSError):
                 process.stdout.close()
-        return code
 
 
 class _TooMuchError(Exception):

@@ -43,7 +43,7 @@ def main() -> None:
     with suppress(BrokenPipeError):  # killed while a clip was being read: nobody to answer
         for line in sys.stdin:
             reply, content = answer(json.loads(line))
-            reply |= {"size": len(content), "peak_rss": memory.peak_rss()}
+            reply |= {"size": len(content), "peak_rss": memory.measured().peak_rss}
             replies.write(json.dumps(reply).encode() + b"\n" + content)
             replies.flush()
     os._exit(0)  # there is nothing to take apart

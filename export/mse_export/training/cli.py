@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mse_export.training.progress import console_reporter
+from mse_runtime import background
 from mse_runtime.datasets import load_dataset
 from mse_runtime.errors import MSEError, UsageError
 
@@ -171,7 +171,7 @@ def prepare_command(clips: Path, output: Path, **options: Any) -> None:
         get_spec(spec)
     info = describe(clips, options["task"], _names(options["labels"]), _ends(options["ends"]))
     info = replace(info, audio_spec=options["audio_spec"], face_spec=options["face_spec"])
-    jobs = options["jobs"] or _cores()
+    jobs = options["jobs"] or background.cores()
     with console_reporter() as reporter:
         result = prepare(
             clips,
@@ -231,10 +231,6 @@ def _ends(text: str | None) -> tuple[float, float] | None:
     if not low < high:
         raise UsageError(f"--range {text!r} should begin with the lower end.")
     return low, high
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _need_torch() -> None:
