@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from bundles import TEXT, Pair, features
 
-from mse_kernels import ggml, mapped
+from mse_kernels import mapped
 from mse_runtime.analyzer import Analyzer
-from mse_runtime.backbone import Backbone, cpu, library
+from mse_runtime.backbone import Backbone, library
 from mse_runtime.bundle import load_bundle
 from mse_runtime.prompt import build
 from mse_runtime.readout import Readout
@@ -34,14 +34,11 @@ Ids = np.ndarray[Any, np.dtype[np.int32]]
 def llama_cpp_alone() -> Iterator[None]:
     """llama.cpp's own products of weights, where ours stand in for them."""
     folder, types = library.folder(), library.mapped_types()
-    ggml.use(None, folder)
     mapped.use((), folder)
     try:
         yield
     finally:
         mapped.use(types, folder)
-        if library.q4_0_product() != "llama.cpp":
-            ggml.use(ggml.kernels()[0], folder)
 
 
 class Engine:
@@ -180,9 +177,9 @@ class Layout:
 def llama_cpp_layout(backbone: Backbone) -> Iterator[Backbone]:
     """The same model with its weights laid out as llama.cpp alone would have them.
 
-    `backbone` itself but on processors with AMX, where ours takes the file's layout.
+    `backbone` itself but where ours takes the file's layout.
     """
-    if not cpu.has_amx() or backbone.info["product"] == "llama.cpp":
+    if backbone.info["product"] == "llama.cpp":
         yield backbone
         return
     threads = backbone.info["threads"]

@@ -8,8 +8,7 @@ Rows
                     and with the readout's positions
   split             the same answer by tokens / embeddings / tokens, three passes
   transformers      the same shape in PyTorch: inputs_embeds, torch adapter, generate
-  after features    from the moment the features are ready; model loaded, text known; the published
-                    layout also with llama.cpp's own products of weights, as raw llama.cpp
+  after features    from the moment the features are ready; model loaded, text known
   process, ...      a new process, from its start to its end; just before, the model's file was read
                     and as much free memory used (common.machine_ready)
 Ratios pair the samples of one turn.
@@ -39,7 +38,6 @@ from common import (
     turns,
 )
 
-ALONE = "after features, published layout, llama.cpp's product"
 ANSWER = "answer, published layout"
 # As `mse-run` starts and ends, with the model alone between.
 LOAD = """
@@ -69,8 +67,6 @@ def warm(pair: Pair, args: argparse.Namespace, write: Writer) -> None:
     """Everything in one process, peers beside it."""
     from engine import Engine, Raw, request
 
-    from mse_runtime.backbone import cpu
-
     engine = Engine(pair, args.threads)
     raw = Raw(engine.backbone)
     old, new = engine.published, engine.pseudo_last
@@ -89,8 +85,6 @@ def warm(pair: Pair, args: argparse.Namespace, write: Writer) -> None:
         "after features, published layout": old.after_features,
         "after features, pseudo-last": new.after_features,
     }
-    if not cpu.has_amx():  # there llama.cpp alone would have the weights in another layout
-        cases[ALONE] = lambda: _alone(old.after_features)
     if not args.quick:
         cases |= {
             "answer, published layout, greedy": lambda: old.answer(parity=True),
@@ -130,13 +124,6 @@ def warm(pair: Pair, args: argparse.Namespace, write: Writer) -> None:
     _ratios(samples, beside, about, write)
 
 
-def _alone(work: Callable[[], float]) -> float:
-    from engine import llama_cpp_alone
-
-    with llama_cpp_alone():
-        return work()
-
-
 def _layouts(engine: Any) -> list[tuple[str, Any]]:
     return [("published", engine.published), ("pseudo-last", engine.pseudo_last)]
 
@@ -165,8 +152,6 @@ def _ratios(
         pair(f"greedy answer / transformers {dtype}", f"{answer}, greedy", f"transformers {dtype}")
     pair("after features: pseudo-last / published", "after features, pseudo-last",
          "after features, published layout", "<= 0.25" if big else "")  # fmt: skip
-    pair("after features: pseudo-last / published, llama.cpp's product",
-         "after features, pseudo-last", ALONE)  # fmt: skip
 
 
 def cold(pair: Pair, args: argparse.Namespace, write: Writer) -> None:

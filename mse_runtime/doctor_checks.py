@@ -149,7 +149,6 @@ def llama_cpp() -> Iterator[Finding]:
     system = bindings.llama_print_system_info().decode(errors="replace")
     built = ", ".join(re.findall(r"(\w+) = 1", system))
     yield Finding("llama-cpp-python", "ok", f"{version}, build {library.build_id()} with {built}")
-    yield Finding("product of repacked Q4_0 weights", "ok", f"by {library.q4_0_product()}")
     types = ", ".join(library.mapped_types())
     by = f"by mse_kernels: {types}" if types else "by llama.cpp"
     yield Finding("product of mapped weights", "ok", by)

@@ -155,7 +155,6 @@ def plan(
     else:
         chosen = count if n_gpu_layers < 0 else min(n_gpu_layers, count)
     from mse_runtime.backbone.loading import copied_pages, copies_weights
-    from mse_runtime.backbone.repack import output_stays_mapped
 
     repacks = extra_bufts and not low_memory
     mapped = not copies_weights(gguf, repacks)
@@ -189,9 +188,7 @@ def plan(
         kept = "copied from the mapped file"
         # What is not copied is mapped with the rest while that is; what comes later takes its
         # place.
-        stays = output_stays_mapped(gguf)
-        left = sizes.embedding if stays or not sizes.tied else 0
-        left += sizes.output if stays else 0
+        left = 0 if sizes.tied else sizes.embedding
         weights_ram -= left
         table = max(0, left - sum(item.ram for item in later))
     items = (
@@ -202,7 +199,7 @@ def plan(
             sum(sizes.weights[i] for i in on_gpu),
             f"{sizes.weights[0] / MB:.1f} MB a layer, {kept}",
         ),
-        Item("embedding, output", table, note="mapped while the weights are copied"),
+        Item("embedding", table, note="mapped while the weights are copied"),
         *later,
         Item("features", features),
         Item("GPU margin", 0, GPU_MARGIN if chosen else 0),

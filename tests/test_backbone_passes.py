@@ -145,11 +145,9 @@ def test_a_failed_pass_leaves_the_tap_off(open_toy: Open) -> None:
 
 @given(st.integers(1, 4096))
 def test_fillers_are_few_and_end_on_whole_tiles(n: int) -> None:
-    assert (n + fillers(n, "mse_kernels")) % 4 == 0
-    for product in ("mse_kernels", "llama.cpp"):
-        more = fillers(n, product)
-        assert 0 <= more <= 3
-        assert (n + more) % 4 == 0 or (more == 0 and n % 4 == 1)
+    more = fillers(n)
+    assert 0 <= more <= 3
+    assert (n + more) % 4 == 0 or (more == 0 and n % 4 == 1)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 7, 13, 14, 15])
@@ -215,6 +213,10 @@ def test_a_tree_of_several_passes_may_end_in_the_last_cell(tmp_path: Path) -> No
     ("types", "amx", "x86", "mapped", "pays"),
     [
         ({"Q4_0": 90, "Q6_K": 10}, False, True, (), True),
+        ({"Q4_0": 90, "Q6_K": 10}, False, True, ("Q4_0",), False),
+        ({"Q4_0": 90, "experts": 10}, False, True, ("Q4_0",), True),
+        ({"Q4_0": 40, "IQ4_NL": 60}, False, True, ("Q4_0",), True),
+        ({"Q4_0": 100}, False, True, ("Q4_0",), False),
         ({"Q4_K": 60, "Q6_K": 40}, False, True, (), False),
         ({"Q2_K": 90, "IQ4_NL": 10}, False, True, (), False),
         ({"Q8_0": 100}, False, True, (), False),

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from make_fixtures import toy_gguf
 from numpy.typing import NDArray
 
 from mse_kernels import ggml, mapped
@@ -28,17 +29,27 @@ quants = pytest.importorskip("gguf.quants")
 FOLDER = library.folder()
 library.load()
 TYPES = tuple(mapped.TYPES)
-HERE = ggml.flags() >= mapped._NEEDS and bool(ggml.kernels())
+KERNELS = ggml.kernels()
+CASES = [(kernel, name) for kernel in KERNELS for name in mapped.types_of(kernel)]
+BEST = mapped.types_of(KERNELS[0]) if KERNELS else ()
 Bytes = NDArray[np.uint8]
 pytestmark = pytest.mark.skipif(
-    not HERE, reason="no AMX tiles, no Linux, or the kernel library was not built"
+    not KERNELS, reason="no x86-64 with AVX2, no Linux, or the kernel library was not built"
 )
+every_case = pytest.mark.parametrize(("kernel", "name"), CASES)
+tiles = pytest.mark.skipif("amx" not in KERNELS, reason="no AMX tiles")
 
 
 @pytest.fixture(autouse=True)
 def ours_afterwards() -> Iterator[None]:
     yield
-    mapped.use(TYPES, FOLDER)
+    mapped.use(BEST, FOLDER)
+
+
+def ours(kernel: str, name: str, weights: Bytes, rows: Bytes, threads: int = 1) -> Any:
+    """The product [M, N] by a kernel."""
+    mapped.use(mapped.types_of(kernel), FOLDER, kernel)
+    return mapped.product(mapped.ours(), name, weights, rows, threads)
 
 
 def random_weights(name: str, columns: int, blocks: int, seed: int) -> Bytes:
@@ -80,22 +91,22 @@ def close(found: Any, expected: Any, size: Any) -> bool:
     return bool((np.abs(found - expected) <= 2e-6 * size + 1e-6).all())
 
 
-@pytest.mark.parametrize("name", TYPES)
+@every_case
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 80), st.integers(1, 4), st.integers())
 def test_the_product_is_the_plain_one(
-    name: str, strips: int, blocks: int, count: int, threads: int, seed: int
+    kernel: str, name: str, strips: int, blocks: int, count: int, threads: int, seed: int
 ) -> None:
     seed = abs(seed) % 1000
     blocks *= 8 if name in ("Q4_0", "Q5_0", "Q8_0") else 1
     weights = random_weights(name, 16 * strips, blocks + seed % 3, seed)
     rows, values = random_rows(name, count, blocks + seed % 3, seed)
     expected, size = plain(name, weights, values)
-    assert close(mapped.product(mapped.ours(), name, weights, rows, threads), expected, size)
+    assert close(ours(kernel, name, weights, rows, threads), expected, size)
 
 
-@pytest.mark.parametrize("name", TYPES)
+@every_case
 @pytest.mark.parametrize("byte", [0x00, 0x88, 0x7F, 0x81, 0xFF])
-def test_weights_at_the_ends_of_their_ranges(name: str, byte: int) -> None:
+def test_weights_at_the_ends_of_their_ranges(kernel: str, name: str, byte: int) -> None:
     scaled = random_weights(name, 16, 3, 0)
     weights = np.full_like(scaled, byte).reshape(16, 3, -1)
     for at in mapped._SCALES.get(mapped.TYPES[name][2], (0,)):
@@ -103,14 +114,27 @@ def test_weights_at_the_ends_of_their_ranges(name: str, byte: int) -> None:
     weights = weights.reshape(16, -1)
     rows, values = random_rows(name, 3, 3, 0)
     expected, size = plain(name, weights, values)
-    assert close(mapped.product(mapped.ours(), name, weights, rows), expected, size)
+    assert close(ours(kernel, name, weights, rows), expected, size)
 
 
-@pytest.mark.parametrize("name", TYPES)
-def test_a_row_does_not_depend_on_the_rows_beside_it(name: str) -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("byte", [0x00, 0x88, 0xFF])
+@pytest.mark.parametrize("value", [-128, 127])
+def test_sums_of_q4_0_at_the_ends_of_their_ranges(kernel: str, byte: int, value: int) -> None:
+    """Products are added in 16 bits where there is no VNNI."""
+    weights, rows = np.full((16, 54), byte, np.uint8), np.full((5, 102), value, np.int8)
+    half = np.array([1.0], "<f2").view(np.uint8)
+    for array, size in ((weights, 18), (rows.view(np.uint8), 34)):
+        array.reshape(len(array), -1, size)[..., :2] = half
+    expected = 96.0 * value * ((byte & 15) - 8)
+    assert (ours(kernel, "Q4_0", weights, rows.view(np.uint8)) == expected).all()
+
+
+@every_case
+def test_a_row_does_not_depend_on_the_rows_beside_it(kernel: str, name: str) -> None:
     weights, (rows, _) = random_weights(name, 48, 37, 0), random_rows(name, 90, 37, 0)
-    together = mapped.product(mapped.ours(), name, weights, rows)
-    some = [mapped.product(mapped.ours(), name, weights, rows[i : i + 5]) for i in range(0, 90, 5)]
+    together = ours(kernel, name, weights, rows)
+    some = [ours(kernel, name, weights, rows[i : i + 5]) for i in range(0, 90, 5)]
     assert np.array_equal(together, np.concatenate(some))
     with ThreadPoolExecutor(4) as pool:
         again = list(
@@ -119,12 +143,12 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(name: str) -> None:
     assert all(np.array_equal(one, together) for one in again)
 
 
-@pytest.mark.parametrize("name", TYPES)
-def test_nothing_is_read_beyond_weights_and_rows(name: str) -> None:
+@every_case
+def test_nothing_is_read_beyond_weights_and_rows(kernel: str, name: str) -> None:
     """The last byte is the last one of a page, and the next page may not be read."""
     weights, (rows, values) = random_weights(name, 32, 3, 1), random_rows(name, 17, 3, 1)
     fenced = [_fenced(array) for array in (weights, rows)]
-    found = mapped.product(mapped.ours(), name, fenced[0][1], fenced[1][1])
+    found = ours(kernel, name, fenced[0][1], fenced[1][1])
     assert close(found, *plain(name, weights, values))
 
 
@@ -139,25 +163,28 @@ def _fenced(array: Bytes) -> tuple[mmap.mmap, Bytes]:
 
 
 def test_what_ours_has_not_goes_on_to_llama_cpp() -> None:
-    rows, values = random_rows("Q8_0", 5, 4, 0)
+    rows, values = random_rows("Q4_0", 5, 4, 0)
     before = mapped.calls()
-    odd = random_weights("Q8_0", 20, 4, 0)  # not sixteen columns at a time
-    assert close(mapped.product(mapped.ours(), "Q8_0", odd, rows), *plain("Q8_0", odd, values))
-    even = random_weights("Q8_0", 32, 4, 0)
+    odd = random_weights("Q4_0", 20, 4, 0)  # not sixteen columns at a time
+    assert close(mapped.product(mapped.ours(), "Q4_0", odd, rows), *plain("Q4_0", odd, values))
+    even = random_weights("Q4_0", 32, 4, 0)
     mapped.use((), FOLDER)
-    assert close(mapped.product(mapped.ours(), "Q8_0", even, rows), *plain("Q8_0", even, values))
+    assert close(mapped.product(mapped.ours(), "Q4_0", even, rows), *plain("Q4_0", even, values))
     assert mapped.calls() == before
-    assert mapped.settle(FOLDER) == TYPES
-    mapped.product(mapped.ours(), "Q8_0", even, rows)
+    assert mapped.settle(FOLDER) == BEST
+    mapped.product(mapped.ours(), "Q4_0", even, rows)
     assert mapped.calls() > before
 
 
-def test_ours_is_in_use_and_llama_cpp_calls_it() -> None:
-    assert library.mapped_types() == TYPES == mapped.settle(FOLDER)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_llama_cpp_calls_the_kernel(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert library.mapped_types() == BEST
+    monkeypatch.setattr(ggml, "kernels", lambda: KERNELS[KERNELS.index(kernel) :])
+    assert mapped.settle(FOLDER) == mapped.types_of(kernel)
     for name in TYPES:
         before = mapped.calls()
         assert mapped.graph_product(FOLDER, name) is not None
-        assert mapped.calls() > before
+        assert (mapped.calls() > before) == (name in mapped.types_of(kernel))
 
 
 def test_another_product_is_left_to_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,20 +195,33 @@ def test_another_product_is_left_to_llama_cpp(monkeypatch: pytest.MonkeyPatch) -
         ("graph_product", lambda *of: real(*of) + next(counts)),  # other numbers
         ("graph_product", lambda *_: None),  # no graph
         ("calls", lambda: 7),  # ours is not called
-        ("_NEEDS", frozenset({"amx_int9"})),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(mapped, *change)
             assert mapped.settle(FOLDER) == ()
         before = mapped.calls()
-        assert real(FOLDER, "Q8_0") is not None
+        assert real(FOLDER, "Q4_0") is not None
         assert mapped.calls() == before
     with monkeypatch.context() as patch:  # tensors that are laid out in another way
         patch.setattr(mapped, "_source", lambda _: -1)
-        assert mapped.settle(FOLDER) == mapped._PLAIN
-    assert mapped.settle(FOLDER) == TYPES
+        assert mapped.settle(FOLDER) == tuple(name for name in BEST if name in mapped._PLAIN)
+    assert mapped.settle(FOLDER) == BEST
 
 
+@tiles
+def test_a_kernel_that_differs_makes_room_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = mapped.graph_product
+
+    def wrong_q6_k(folder: Path, name: str) -> Any:
+        before = mapped.calls()
+        found = real(folder, name)
+        return found + 1 if name == "Q6_K" and mapped.calls() > before else found
+
+    monkeypatch.setattr(mapped, "graph_product", wrong_q6_k)
+    assert mapped.settle(FOLDER) == ("Q4_0",)
+
+
+@tiles
 def test_a_model_of_several_types(tmp_path: Path) -> None:
     """A layer each in Q4_0, Q8_0, Q4_K and Q6_K: K-quants have another way through llama.cpp."""
     path = write_probe_model(tmp_path / "m.gguf")
@@ -202,6 +242,29 @@ def test_a_model_of_several_types(tmp_path: Path) -> None:
         assert np.abs(logits - found[2]).max() <= 2e-3 * np.abs(found[2]).max()
 
 
+@pytest.mark.parametrize("arch", ["llama", "qwen", "qwen2", "chatglm"])
+def test_a_model_in_q4_0_by_every_kernel(arch: str, tmp_path: Path) -> None:
+    path, rows = toy_gguf(tmp_path / "m.gguf", arch, dtype="q4_0"), np.arange(30)
+    with Backbone.open(path, threads=2) as backbone:
+        assert backbone.info["product"] == "mse_kernels, mapped"
+        assert not backbone.info["repacked"]
+        assert {name for name in backbone.info["buffers_mib"] if name.endswith(" model")} == {
+            "CPU_Mapped model"
+        }
+        found, counts = [], []
+        for kernel in (*KERNELS, None):
+            mapped.use(mapped.types_of(kernel) if kernel else (), FOLDER, kernel)
+            before = mapped.calls()
+            backbone.clear()
+            found.append(backbone.prefill(rows))
+            counts.append(mapped.calls() - before)
+    assert all(counts[:-1])
+    assert counts[-1] == 0
+    for logits in found[:-1]:
+        assert np.abs(logits - found[-1]).max() <= 2e-3 * np.abs(found[-1]).max()
+
+
+@tiles
 def test_models_of_these_types_are_not_repacked(tmp_path: Path) -> None:
     code = (
         "import sys; from mse_runtime.backbone import Backbone\n"

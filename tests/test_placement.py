@@ -16,7 +16,6 @@ from make_fixtures import ARCHES, SHAPES, Shape, synthetic_gguf, toy_gguf
 from mse_runtime import placement
 from mse_runtime.backbone import Backbone
 from mse_runtime.backbone.mapped import CopiedPages
-from mse_runtime.backbone.repack import output_stays_mapped
 from mse_runtime.errors import BackboneError, DeviceError
 from mse_runtime.gguf import Gguf
 from mse_runtime.memory import measured
@@ -50,7 +49,7 @@ def test_the_plan_is_what_llama_cpp_allocates(
     with Gguf.open(wide[arch]) as gguf:
         planned = plan(gguf, n_ctx=n_ctx, low_memory=low_memory)
         # The output matrix of an odd width may stay in the file, where llama.cpp chooses.
-        slack = 0 if output_stays_mapped(gguf) else gguf.tensors["output.weight"].size
+        slack = gguf.tensors["output.weight"].size
     with Backbone.open(
         wide[arch], n_ctx=n_ctx, low_memory=low_memory, extra_bufts=None if low_memory else True,
         threads=1,
@@ -98,16 +97,10 @@ def seven_b(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return synthetic_gguf(path, SEVEN_B, sparse=True)
 
 
-def left_mapped(gguf: Gguf) -> int:
-    """Bytes that are not copied: the tokens' table and, for our product, the output matrix."""
-    output = gguf.tensors["output.weight"].size if output_stays_mapped(gguf) else 0
-    return gguf.tensors["token_embd.weight"].size + output
-
-
 def test_the_7b_shape_has_known_sizes(seven_b: Path) -> None:
     with Gguf.open(seven_b) as gguf:
         planned = plan(gguf, n_ctx=512, n_gpu_layers=0)
-        stored = left_mapped(gguf)
+        stored = gguf.tensors["token_embd.weight"].size  # it is not copied
     assert item(planned, "KV").ram == 512 * 512 * 1024  # 512 KiB for each position
     weights, table = item(planned, "weights").ram, item(planned, "embedding").ram
     assert weights + stored == pytest.approx(3.98e9, rel=0.01)
@@ -133,13 +126,13 @@ def test_as_many_layers_as_fit_and_never_more(
 def test_what_lies_on_the_gpu_does_not_lie_in_ram(seven_b: Path) -> None:
     with Gguf.open(seven_b) as gguf:
         none, half, every = (plan(gguf, n_gpu_layers=k, program=0) for k in (0, 16, -1))
-        tensors, left = gguf.tensors, left_mapped(gguf)
-        table = tensors["token_embd.weight"].size
+        tensors = gguf.tensors
+        table = tensors["token_embd.weight"].size  # it is not copied
     assert (none.n_gpu_layers, half.n_gpu_layers, every.n_gpu_layers) == (0, 16, 33)
     for planned in (none, half, every):
         weights, cache = item(planned, "weights"), item(planned, "KV")
-        # Without a GPU the weights are copied from the mapping, and the tables are not.
-        mapped = left if planned is none and CopiedPages.of(seven_b) else 0
+        # Without a GPU the weights are copied from the mapping, and the table is not.
+        mapped = table if planned is none and CopiedPages.of(seven_b) else 0
         assert weights.ram + weights.vram + mapped == sum(t.size for t in tensors.values())
         assert cache.ram + cache.vram == item(none, "KV").ram
     assert item(every, "weights").ram == table  # rows are looked up on the CPU

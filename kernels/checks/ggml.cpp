@@ -1,95 +1,35 @@
-// What llama.cpp calls (src/ggml_q4_0.cpp, src/ggml_mapped.cpp, src/tap.cpp, src/reports.cpp) under the
-// sanitizers: buffers of exactly the size that is needed, random shapes, against plain loops.
+// What llama.cpp calls (src/ggml_mapped.cpp, src/tap.cpp, src/reports.cpp) under the
+// sanitizers: buffers of exactly the size that is needed, random shapes.
 //
 //   ggml ROUNDS SEED KERNEL...
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "../src/abi.h"
 
-extern "C" void ggml_gemm_q4_0_8x8_q8_0(int n, float *out, size_t stride, const void *weights,
-                                        const void *activations, int n_rows, int n_columns);
-extern "C" uint64_t mse_ggml_calls(void);
-extern "C" int32_t mse_ggml_has(int32_t kernel);
-extern "C" void mse_ggml_use(void *original, int32_t kernel);
-
 extern "C" bool llamafile_sgemm(const void *params, int64_t m, int64_t n, int64_t k, const void *A,
                                 int64_t lda, const void *B, int64_t ldb, void *C, int64_t ldc,
                                 int a_type, int b_type, int c_type);
-extern "C" int32_t mse_mapped_has(void);
-extern "C" void mse_mapped_use(void *original, void *original_tiled, int32_t run, int64_t offset);
+extern "C" uint64_t mse_mapped_calls(void);
+extern "C" int32_t mse_mapped_has(int32_t kernel);
+extern "C" void mse_mapped_use(void *original, void *original_tiled, int32_t kernel, int64_t offset);
 
 static std::mt19937 random_bits;
 
 static int below(int n) { return static_cast<int>(random_bits() % static_cast<unsigned>(n)); }
 
-// Float16 scales that are powers of two, so that the plain loop needs no conversion.
-static const uint16_t kHalfs[] = {0x3c00, 0x3800, 0x3400, 0xbc00, 0x0000, 0x4000};
-static const float kFloats[] = {1.0f, 0.5f, 0.25f, -1.0f, 0.0f, 2.0f};
-
-static bool product() {
-  const int blocks = 1 + below(9), groups = 1 + below(13), eights = 1 + below(6);
-  const int rows = 4 * groups, columns = 8 * eights, stride = columns + below(5);
-  const size_t nw = static_cast<size_t>(eights) * blocks, na = static_cast<size_t>(groups) * blocks;
-  std::vector<uint8_t> w(nw * 144), a(na * 136);
-  std::vector<float> ws(nw * 8), as(na * 4);
-  for (auto &byte : w) byte = static_cast<uint8_t>(random_bits());
-  for (auto &byte : a) byte = static_cast<uint8_t>(random_bits());
-  for (size_t i = 0; i < ws.size(); i++) {
-    const int s = below(6);
-    memcpy(&w[i / 8 * 144 + i % 8 * 2], &kHalfs[s], 2);
-    ws[i] = kFloats[s];
-  }
-  for (size_t i = 0; i < as.size(); i++) {
-    const int s = below(6);
-    memcpy(&a[i / 4 * 136 + i % 4 * 2], &kHalfs[s], 2);
-    as[i] = kFloats[s];
-  }
-  const float untouched = 12345.0f;
-  std::vector<float> out(static_cast<size_t>(stride) * (rows - 1) + columns, untouched);
-  ggml_gemm_q4_0_8x8_q8_0(32 * blocks, out.data(), stride, w.data(), a.data(), rows, columns);
-  for (int r = 0; r < rows; r++)
-    for (int c = 0; c < stride && static_cast<size_t>(r) * stride + c < out.size(); c++) {
-      const float found = out[static_cast<size_t>(r) * stride + c];
-      if (c >= columns) {
-        if (found != untouched) return printf("wrote beside row %d\n", r), false;
-        continue;
-      }
-      double sum = 0, most = 1;
-      for (int b = 0; b < blocks; b++) {
-        const size_t i = static_cast<size_t>(c / 8) * blocks + b;
-        const size_t j = static_cast<size_t>(r / 4) * blocks + b;
-        int dot = 0;
-        for (int k = 0; k < 32; k++) {
-          const uint8_t byte = w[i * 144 + 16 + k % 16 / 8 * 64 + c % 8 * 8 + k % 8];
-          const int nibble = (k < 16 ? byte : byte >> 4) & 15;
-          const int weight = nibble < 8 ? nibble : nibble - 16;
-          dot += weight * static_cast<int8_t>(a[j * 136 + 8 + k / 8 * 32 + r % 4 * 8 + k % 8]);
-        }
-        const double part = static_cast<double>(ws[i * 8 + c % 8]) * as[j * 4 + r % 4] * dot;
-        sum += part;
-        most += std::fabs(part);
-      }
-      if (!(std::fabs(found - sum) <= 1e-5 * most))
-        return printf("row %d column %d: %g, not %g\n", r, c, found, sum), false;
-    }
-  return true;
-}
-
 // Of each type what a block of it and of its rows takes, and which the latter are. Values are compared
 // in tests/test_kernels_mapped.py; here one share against three, and what lies beside the result.
-static bool mapped() {
+static bool mapped(bool all) {
   static const int types[][4] = {{2, 18, 8, 34},    {6, 22, 8, 34},    {8, 34, 8, 34},
                                  {12, 144, 15, 292}, {13, 176, 15, 292}, {14, 210, 15, 292}};
-  const int *type = types[below(6)];
+  const int *type = types[all ? below(6) : 0];
   const int columns = 16 * (1 + below(5)), rows = 1 + below(90), blocks = 1 + below(5);
   const int stride = columns + below(5);
   std::vector<uint8_t> w(static_cast<size_t>(columns) * blocks * type[1]);
@@ -159,14 +99,15 @@ static bool reports() {
 int main(int argc, char **argv) {
   const int rounds = argc > 1 ? atoi(argv[1]) : 100;
   random_bits.seed(argc > 2 ? static_cast<unsigned>(atoi(argv[2])) : 0);
-  const bool tiles = mse_mapped_has();
-  mse_mapped_use(nullptr, nullptr, 1, 0);
+  constexpr int kAmx = 4;  // which multiplies all types, the others Q4_0
   for (int k = 3; k < argc; k++) {
-    if (!mse_ggml_has(atoi(argv[k]))) return printf("no kernel %s\n", argv[k]), 1;
-    mse_ggml_use(nullptr, atoi(argv[k]));
+    const int kernel = atoi(argv[k]);
+    if (!mse_mapped_has(kernel)) return printf("no kernel %d\n", kernel), 1;
+    mse_mapped_use(nullptr, nullptr, kernel, 0);
     for (int i = 0; i < rounds; i++)
-      if (!product() || (tiles && !mapped()) || !tap() || !reports()) return printf("kernel %s, round %d\n", argv[k], i), 1;
+      if (!mapped(kernel == kAmx) || !tap() || !reports())
+        return printf("kernel %d, round %d\n", kernel, i), 1;
   }
-  printf("%d products\n", static_cast<int>(mse_ggml_calls()));
+  printf("%d products\n", static_cast<int>(mse_mapped_calls()));
   return 0;
 }

@@ -1,7 +1,8 @@
 """llama.cpp's product of weights as the file has them, in our version (`src/ggml_mapped.h`).
 
 Weights that lie mapped need no copy in another layout, so a model is open as soon as its file is
-mapped. With int8 tiles (Intel AMX) nothing is lost by that; elsewhere llama.cpp runs its own.
+mapped. With int8 tiles (Intel AMX) that is so for all types, by vectors for Q4_0; what ours has
+not, llama.cpp multiplies.
 
     types = mapped.settle(folder)       # after `ggml.preload` and the loading of llama.cpp
 """
@@ -28,12 +29,12 @@ __all__ = [
     "sample",
     "settle",
     "theirs",
+    "types_of",
     "use",
 ]
 
 SYMBOL = "llamafile_sgemm"
 TILED = "ggml_compute_forward_mul_mat_tiled"
-_NEEDS = frozenset((*ggml.AVX512, "amx_tile", "amx_int8"))
 _SGEMM = ctypes.CFUNCTYPE(
     ctypes.c_bool, ctypes.c_void_p, *[ctypes.c_int64] * 3, *[ctypes.c_void_p, ctypes.c_int64] * 3,
     *[ctypes.c_int] * 3,
@@ -73,33 +74,45 @@ def theirs(folder: Path, symbol: str = SYMBOL) -> Any:
 def settle(folder: Path) -> tuple[str, ...]:
     """What ours multiplies from now on: llama.cpp calls it and the results are its own's.
 
-    Compared are products that llama.cpp computes, with ours and without; empty where one differs or
-    ours is not called. K-quants, which llama.cpp looks after in another place, only where its
-    tensors are laid out as we read them there.
+    Compared are products that llama.cpp computes, with ours and without, by the best kernel that
+    agrees; empty where none does or ours is not called. K-quants, which llama.cpp looks after in
+    another place, only where its tensors are laid out as we read them there.
     """
+    for kernel in ggml.kernels():
+        names = types_of(kernel)
+        if _source(folder) < 0:
+            names = tuple(name for name in names if name in _PLAIN)
+        if _agrees(kernel, names, folder):
+            return names
     use((), folder)
-    lib = _library()
-    if lib is None or not ggml.flags() >= _NEEDS or not lib.mse_mapped_has():
-        return ()
-    names = tuple(TYPES) if _source(folder) >= 0 else _PLAIN
+    return ()
+
+
+def _agrees(kernel: str, names: tuple[str, ...], folder: Path) -> bool:
+    """Afterwards ours multiplies these types, if it agrees with llama.cpp's own."""
     for name in names:
-        found = []
-        for kinds in ((), names):
-            use(kinds, folder)
-            before = calls()
-            found.append(graph_product(folder, name))
-        if found[0] is None or found[1] is None or calls() == before:
-            use((), folder)
-            return ()
-        if not np.abs(found[1] - found[0]).max() <= 1e-4 * np.abs(found[0]).max():
-            use((), folder)
-            return ()
-    return names
+        use((), folder)
+        theirs = graph_product(folder, name)
+        use(names, folder, kernel)
+        before = calls()
+        found = graph_product(folder, name)
+        if theirs is None or found is None or calls() == before:
+            return False
+        if not np.abs(found - theirs).max() <= 1e-4 * np.abs(theirs).max():
+            return False
+    return True
 
 
-def use(names: tuple[str, ...], folder: Path) -> None:
-    """Which types ours multiplies in this process from now on: all, the plain ones or none."""
-    lib = _library()
+def types_of(kernel: str) -> tuple[str, ...]:
+    """What a kernel of `ggml.KERNELS` multiplies."""
+    return tuple(TYPES) if kernel == "amx" else ("Q4_0",)
+
+
+def use(names: tuple[str, ...], folder: Path, kernel: str | None = None) -> None:
+    """Which types ours multiplies in this process from now on: all of a kernel's, its plain ones or
+    none. kernel: one of `ggml.kernels`, None for the best.
+    """
+    lib = ggml.preload()
     if lib is None:
         return
     offset = _source(folder) if set(_K_QUANTS) & set(names) else -1
@@ -107,12 +120,13 @@ def use(names: tuple[str, ...], folder: Path) -> None:
         ctypes.cast(f, ctypes.c_void_p) if f else None
         for f in (theirs(folder), theirs(folder, TILED))
     )
-    lib.mse_mapped_use(plain, tiled, int(bool(names)), offset)
+    number = ggml.KERNELS[kernel or ggml.kernels()[0]][0] if names else 0
+    lib.mse_mapped_use(plain, tiled, number, offset)
 
 
 def calls() -> int:
     """How often ours has been called by name in this process."""
-    lib = _library()
+    lib = ggml.preload()
     return 0 if lib is None else int(lib.mse_mapped_calls())
 
 
@@ -156,17 +170,6 @@ def sample(
             blocks[..., at : at + one.shape[-1]] = one
         made.append(blocks.reshape(count, -1))
     return made[0], made[1]
-
-
-def _library() -> Any:
-    lib = ggml.preload()
-    if lib is None or not hasattr(lib, "mse_mapped_has"):
-        return None
-    lib.mse_mapped_use.argtypes = [
-        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
-    ]  # fmt: skip
-    lib.mse_mapped_use.restype, lib.mse_mapped_calls.restype = None, ctypes.c_uint64
-    return lib
 
 
 def _loaded(folder: Path, name: str) -> Any:

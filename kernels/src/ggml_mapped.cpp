@@ -1,6 +1,7 @@
-// The functions by which our product of mapped weights stands in for llama.cpp's: as in ggml_q4_0.cpp
-// the dynamic linker finds them here first. mse_kernels.mapped compares the products on a sample
-// before they are used, and what ours has not goes on to llama.cpp's.
+// The functions by which our product of mapped weights stands in for llama.cpp's: this library is loaded
+// before llama.cpp with its symbols global, so the dynamic linker finds the names here first.
+// mse_kernels.mapped compares the products on a sample before they are used, and what ours has not goes
+// on to llama.cpp's.
 #include "ggml_mapped.h"
 
 #include <atomic>
@@ -35,13 +36,35 @@ struct Line {
 
 std::atomic<Sgemm> sgemm{nullptr};
 std::atomic<Tiled> tiled{nullptr};
-std::atomic<bool> active{false};
+std::atomic<const Kernel *> own{nullptr};
 std::atomic<long> source{-1};  // offset of a tensor's first source; -1: not known
 std::atomic<uint64_t> calls{0};
 
-// Null where it is not ours.
-const Bytes *find(int type) {
-  if (!active.load(std::memory_order_acquire)) return nullptr;
+// By number, as mse_kernels.mapped has them; 0 is llama.cpp's own.
+constexpr const Kernel *kKernels[] = {
+    nullptr,
+    &avx2,
+#ifdef MSE_AVX_VNNI
+    &avx_vnni,
+#else
+    nullptr,
+#endif
+#ifdef MSE_AVX512_VNNI
+    &avx512_vnni,
+#else
+    nullptr,
+#endif
+#ifdef MSE_AMX
+    &amx,
+#else
+    nullptr,
+#endif
+};
+constexpr int kCount = sizeof kKernels / sizeof *kKernels, kAmx = 4;
+
+// Null where it is not the kernel's.
+const Bytes *find(int type, const Kernel *kernel) {
+  if (!kernel || (type != kQ4_0 && kernel != kKernels[kAmx])) return nullptr;
   for (const Bytes &known : kTypes)
     if (known.type == type)
       return known.rows_type == kQ8_0 || source.load(std::memory_order_relaxed) >= 0 ? &known : nullptr;
@@ -53,7 +76,7 @@ bool fits(int64_t columns, int64_t row_bytes) {
   return columns > 0 && columns % 16 == 0 && row_bytes > 0 && row_bytes < (1 << 26);
 }
 
-[[maybe_unused]] char *scratch(size_t wanted) {
+char *scratch(size_t wanted) {
   static thread_local std::vector<Line> lines;
   const size_t count = (wanted + sizeof(Line) - 1) / sizeof(Line);
   if (lines.size() < count) lines.resize(count);
@@ -62,22 +85,22 @@ bool fits(int64_t columns, int64_t row_bytes) {
 
 }  // namespace
 
-// 1 if this build has the product, and the system lets it run.
-EXPORT int32_t mse_mapped_has(void) {
+// 1 if this build has the kernel of that number, and the system lets it run.
+EXPORT int32_t mse_mapped_has(int32_t kernel) {
+  if (kernel <= 0 || kernel >= kCount || !kKernels[kernel]) return 0;
 #ifdef MSE_AMX
-  return amx_allowed();
-#else
-  return 0;
+  if (kernel == kAmx) return amx_allowed();
 #endif
+  return 1;
 }
 
-// llama.cpp's own functions; whether ours run from now on; where a tensor keeps its first source
-// (-1: K-quants are left to llama.cpp).
-EXPORT void mse_mapped_use(Sgemm original, Tiled original_tiled, int32_t run, int64_t offset) {
+// llama.cpp's own functions; the number of the kernel that runs instead from now on; where a tensor
+// keeps its first source (-1: K-quants are left to llama.cpp).
+EXPORT void mse_mapped_use(Sgemm original, Tiled original_tiled, int32_t kernel, int64_t offset) {
   sgemm.store(original, std::memory_order_relaxed);
   tiled.store(original_tiled, std::memory_order_relaxed);
   source.store(static_cast<long>(offset), std::memory_order_relaxed);
-  active.store(run && mse_mapped_has(), std::memory_order_release);
+  own.store(mse_mapped_has(kernel) ? kKernels[kernel] : nullptr, std::memory_order_release);
 }
 
 // How often ours was called by name.
@@ -88,8 +111,8 @@ EXPORT uint64_t mse_mapped_calls(void) { return calls.load(std::memory_order_rel
 EXPORT bool llamafile_sgemm(const Params *params, int64_t m, int64_t n, int64_t k, const void *A,
                             int64_t lda, const void *B, int64_t ldb, void *C, int64_t ldc,
                             int a_type, int b_type, int c_type) noexcept {
-#ifdef MSE_AMX
-  const Bytes *type = find(a_type);
+  const Kernel *kernel = own.load(std::memory_order_acquire);
+  const Bytes *type = find(a_type, kernel);
   if (type && b_type == type->rows_type && c_type == kF32 && n > 0 && fits(m, lda * type->weights) &&
       fits(16, ldb * type->activations)) {
     const Mapped product = {static_cast<const uint8_t *>(A), static_cast<const uint8_t *>(B),
@@ -100,12 +123,10 @@ EXPORT bool llamafile_sgemm(const Params *params, int64_t m, int64_t n, int64_t 
     const int begin = static_cast<int>(strips * params->thread / params->threads * 16);
     const int end = static_cast<int>(strips * (params->thread + 1) / params->threads * 16);
     // Without memory it ends here, as llama.cpp does: the other threads have begun.
-    if (begin < end)
-      amx_mapped(a_type, product, begin, end, scratch(amx_mapped_scratch(a_type, product)));
+    if (begin < end) kernel->run(a_type, product, begin, end, scratch(kernel->scratch(a_type, product)));
     calls.fetch_add(1, std::memory_order_relaxed);
     return true;
   }
-#endif
   const Sgemm original = sgemm.load(std::memory_order_acquire);
   return original && original(params, m, n, k, A, lda, B, ldb, C, ldc, a_type, b_type, c_type);
 }
@@ -116,7 +137,8 @@ EXPORT bool ggml_compute_forward_mul_mat_tiled(const Params *params, const char 
   if (offset >= 0) {
     const char *weights = *reinterpret_cast<const char *const *>(result + offset);
     const auto *sizes = reinterpret_cast<const int64_t *>(weights + kSizes);
-    const Bytes *type = find(*reinterpret_cast<const int *>(weights));
+    const Bytes *type =
+        find(*reinterpret_cast<const int *>(weights), own.load(std::memory_order_acquire));
     if (type && fits(sizes[1], type->weights)) return false;
   }
   const Tiled original = tiled.load(std::memory_order_acquire);

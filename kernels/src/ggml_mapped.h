@@ -25,10 +25,14 @@ struct Mapped {
   size_t stride;
 };
 
-bool amx_allowed();  // asks the system for the tiles' registers
-// scratch: bytes that it wants, aligned to 64. Of the types above, F32 and Q8_K are not weights.
-void amx_mapped(int type, const Mapped &product, int begin, int end, void *scratch);
-size_t amx_mapped_scratch(int type, const Mapped &product);
+// A way to multiply; `scratch` says how many bytes it wants, aligned to 64.
+struct Kernel {
+  size_t (*scratch)(int type, const Mapped &product);
+  void (*run)(int type, const Mapped &product, int begin, int end, void *scratch);
+};
+extern const Kernel avx2, avx_vnni, avx512_vnni;  // Q4_0
+extern const Kernel amx;                          // every type above but F32 and Q8_K
+bool amx_allowed();                               // asks the system for the tiles' registers
 
 }  // namespace mse_ggml
 #endif

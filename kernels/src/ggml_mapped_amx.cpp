@@ -221,11 +221,7 @@ void run(const Mapped &p, int begin, int end, void *scratch) {
   MSE_CONFIGURE(before);
 }
 
-}  // namespace
-
-bool amx_allowed() { return may_use_tiles(); }
-
-size_t amx_mapped_scratch(int type, const Mapped &p) {
+size_t amx_scratch(int type, const Mapped &p) {
   switch (type) {
     case kQ4_0: return scratch_of<Q4_0>(p);
     case kQ5_0: return scratch_of<Q5_0>(p);
@@ -237,7 +233,7 @@ size_t amx_mapped_scratch(int type, const Mapped &p) {
   }
 }
 
-void amx_mapped(int type, const Mapped &p, int begin, int end, void *scratch) {
+void amx_run(int type, const Mapped &p, int begin, int end, void *scratch) {
   switch (type) {
     case kQ4_0: return run<Q4_0>(p, begin, end, scratch);
     case kQ5_0: return run<Q5_0>(p, begin, end, scratch);
@@ -247,5 +243,11 @@ void amx_mapped(int type, const Mapped &p, int begin, int end, void *scratch) {
     case kQ6_K: return run<Q6_K>(p, begin, end, scratch);
   }
 }
+
+}  // namespace
+
+const Kernel amx = {amx_scratch, amx_run};
+
+bool amx_allowed() { return may_use_tiles(); }
 
 }  // namespace mse_ggml

@@ -1,57 +1,74 @@
-// llama.cpp's product of repacked Q4_0 weights with rows of Q8_0 activations: most of the time of a
-// prompt. `product` is instantiated by one translation unit for each instruction set.
+// The product of Q4_0 weights as the file has them with rows of Q8_0 activations, by vectors. All of it
+// is instantiated by one translation unit for each instruction set.
 //
-// Processors multiply unsigned by signed bytes. ggml takes the signs apart for that, with up to three
-// instructions for each product; here the weights are what Q4_0 stores, 0 .. 15 standing for
-// -8 .. 7, and the sum of a row's activations makes up for the 8.
+// Sixteen columns at a time are interleaved on the way, in the first-level cache, and meet all rows
+// there. Processors multiply unsigned by signed bytes: the weights are what Q4_0 stores, 0 .. 15
+// standing for -8 .. 7, and the sum of a row's activations makes up for the 8.
 #ifndef MSE_GGML_Q4_0_H
 #define MSE_GGML_Q4_0_H
 
-#include <stddef.h>
-#include <stdint.h>
+#include <immintrin.h>
 #include <string.h>
 
-namespace mse_ggml {
-
-// ggml's layouts: blocks of 32 values of eight columns, or of four rows, interleaved by eight bytes.
-struct Weights {
-  uint16_t scale[8];    // float16
-  uint8_t values[128];  // nibbles, as signed ones: value i below, value i + 16 above
-};
-struct Activations {
-  uint16_t scale[4];
-  int8_t values[128];
-};
-static_assert(sizeof(Weights) == 144 && sizeof(Activations) == 136, "no padding");
-
-constexpr int kBlock = 32, kEight = 8;
-constexpr int kAhead = 10;  // blocks from a prefetch to their use
-
-// Of four rows in one block: scales, and what their sums start from, half of it in either lane of a
-// column.
-struct Rows {
-  float scale[4];
-  int32_t start[4];
-};
-
-// n values of depth, a multiple of 32; n_rows one of 4, n_columns one of 8; out [n_rows, n_columns]
-// with `stride` floats from row to row. scratch: bytes that the kernel wants, aligned to 64.
-using Kernel = void (*)(int n, float *out, size_t stride, const void *weights,
-                        const void *activations, int n_rows, int n_columns, void *scratch);
-void avx2(int, float *, size_t, const void *, const void *, int, int, void *);
-void avx_vnni(int, float *, size_t, const void *, const void *, int, int, void *);
-void avx512_vnni(int, float *, size_t, const void *, const void *, int, int, void *);
-inline size_t scratch(int n, int n_rows) {
-  return static_cast<size_t>(n / kBlock) * (n_rows / 4) * sizeof(Rows);
-}
-
-// Fetches the block kAhead after this one; at the end of the weights there is none, which does no harm.
-static inline void ahead(const Weights *from) {
-  const auto at = reinterpret_cast<uintptr_t>(from) + kAhead * sizeof(Weights) + offsetof(Weights, values);
-  for (int line = 0; line < 2; line++) __builtin_prefetch(reinterpret_cast<const void *>(at + 64 * line));
-}
+#include "ggml_mapped.h"
 
 #define MSE_UNROLL _Pragma("GCC unroll 16")
+
+namespace mse_ggml {
+namespace {  // one unit's instructions must not become another's
+
+constexpr int kEight = 8, kStrip = 16;
+constexpr int kBytes = 18, kRowBytes = 34;  // of a block in the file, of one of activations
+
+// A block of eight columns, interleaved by eight bytes: value i below, value i + 16 above.
+struct Weights {
+  uint16_t scale[kEight];  // float16
+  uint8_t values[128];
+};
+
+// Of a row in one block: its scale, and what its sums start from, half of it in either lane of a
+// column.
+struct Row {
+  float scale;
+  int32_t start;
+};
+
+// The parts of the scratch, in multiples of its alignment.
+struct Parts {
+  size_t weights, rows, sums;
+
+  explicit Parts(const Mapped &p) {
+    const auto lines = [](size_t bytes) { return (bytes + 63) / 64 * 64; };
+    weights = lines(kStrip / kEight * p.blocks * sizeof(Weights));
+    rows = lines(static_cast<size_t>(p.rows) * p.blocks * sizeof(Row));
+    sums = (p.rows + 3) / 4 * 4 * kStrip * sizeof(float);
+  }
+};
+
+// Of eight columns, `row` bytes from one to the next, a block in the file.
+inline void interleave(const uint8_t *from, size_t row, Weights *to) {
+  for (int c = 0; c < kEight; c++, from += row) {
+    memcpy(&to->scale[c], from, sizeof(uint16_t));
+    memcpy(to->values + 8 * c, from + 2, 8);
+    memcpy(to->values + 64 + 8 * c, from + 10, 8);
+  }
+}
+
+inline int64_t eight_bytes(const uint8_t *from) {
+  int64_t bits;
+  memcpy(&bits, from, sizeof bits);
+  return bits;
+}
+
+// Of the 32 activations of a block.
+inline int32_t sum_of(const uint8_t *x) {
+  const __m256i ones = _mm256_set1_epi8(1), pairs = _mm256_set1_epi16(1);
+  const __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(x));
+  const __m256i fours = _mm256_madd_epi16(_mm256_maddubs_epi16(ones, all), pairs);
+  __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
+  sum = _mm_add_epi32(sum, _mm_srli_si128(sum, 8));
+  return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_srli_si128(sum, 4)));
+}
 
 // Isa: Ints and Floats, vectors of two lanes for each of kColumns columns; a tile has eight rows and
 // kVectors of them, whose sums stay in registers.
@@ -60,86 +77,116 @@ struct Product {
   using Ints = typename Isa::Ints;
   using Floats = typename Isa::Floats;
   static constexpr int kColumns = Isa::kColumns, kParts = kEight / kColumns;
+  static constexpr int kVectors = Isa::kVectors;
 
-  const Weights *w;
-  const Activations *a;
-  const Rows *rows;
-  int blocks;
-  float *out;
-  size_t stride;
+  const Mapped &p;
+  Weights *weights;  // [strip / 8, blocks]
+  const Row *rows;   // [rows, blocks]
+  float *sums;       // [rows, strip]; the last four may be more than there are
 
-  // G times four rows from group g on, C vectors of columns from vector j on. First: weights come
-  // from memory, and the processor looks less far ahead than it takes (20 rows: -3 %).
-  template <int G, int C, bool First>
-  void tile(int g, int j) const {
-    constexpr int M = 4 * G;
-    Floats sums[M][C];
+  // M rows from `first` on, kVectors of columns from vector j on. Taking: weights are interleaved from
+  // `file` for all rows after these, and meanwhile as much is fetched from `next`.
+  template <int M, bool Taking>
+  void tile(int first, int j, const uint8_t *file, const uint8_t *next) const {
+    const int blocks = p.blocks;
+    const uint8_t *x[M];
+    const Row *of[M];
+    Floats sum[M][kVectors];
     MSE_UNROLL
     for (int r = 0; r < M; r++) {
+      const int row = first + r < p.rows ? first + r : p.rows - 1;
+      x[r] = p.activations + row * p.activation_bytes + 2;
+      of[r] = rows + static_cast<size_t>(row) * blocks;
       MSE_UNROLL
-      for (int c = 0; c < C; c++) sums[r][c] = Isa::zero();
+      for (int c = 0; c < kVectors; c++) sum[r][c] = Isa::zero();
     }
-    const Activations *x = a + static_cast<size_t>(g) * blocks;
-    const Rows *of = rows + static_cast<size_t>(g) * blocks;
+    constexpr size_t kPart = kVectors * kColumns * kBytes;
+    uintptr_t line = reinterpret_cast<uintptr_t>(next) + static_cast<size_t>(j / kVectors) * blocks * kPart;
+    uintptr_t end = line;
+    // A block ahead: what was just stored in pieces cannot be loaded as a whole yet.
+    const auto take = [&](int b) {
+      for (int v = j; v < j + kVectors; v++)
+        if (v % kParts == 0)
+          interleave(file + v * kColumns * p.weight_bytes + static_cast<size_t>(b) * kBytes, p.weight_bytes,
+                     weights + static_cast<size_t>(v / kParts) * blocks + b);
+    };
+    if (Taking) take(0);
     for (int b = 0; b < blocks; b++) {
-      Ints v[C][4];
-      Floats scale[C];
+      if (Taking) {
+        for (end += kPart; line < end; line += 64)  // into the second-level cache
+          __builtin_prefetch(reinterpret_cast<const void *>(line), 0, 2);
+        if (b + 1 < blocks) take(b + 1);
+      }
+      Ints v[kVectors][4];
+      Floats scale[kVectors];
       MSE_UNROLL
-      for (int c = 0; c < C; c++) {
-        const Weights &from = w[static_cast<size_t>((j + c) / kParts) * blocks + b];
+      for (int c = 0; c < kVectors; c++) {
+        const Weights &from = weights[static_cast<size_t>((j + c) / kParts) * blocks + b];
         const int part = (j + c) % kParts * kColumns;
-        if (First && part == 0) ahead(&from);
         Isa::nibbles(from.values + part * 8, v[c]);
         scale[c] = Isa::scales(from.scale + part);
       }
       MSE_UNROLL
       for (int r = 0; r < M; r++) {
-        const size_t at = static_cast<size_t>(r / 4) * blocks + b;
-        Ints dot[C];
-        Isa::template dots<C>(v, x[at].values + r % 4 * 8, of[at].start[r % 4], dot);
+        Ints dot[kVectors];
+        Isa::dots(v, x[r] + static_cast<size_t>(b) * kRowBytes, of[r][b].start, dot);
         MSE_UNROLL
-        for (int c = 0; c < C; c++)
-          sums[r][c] = Isa::scaled(dot[c], scale[c], of[at].scale[r % 4], sums[r][c]);
+        for (int c = 0; c < kVectors; c++)
+          sum[r][c] = Isa::scaled(dot[c], scale[c], of[r][b].scale, sum[r][c]);
       }
     }
-    float *to = out + static_cast<size_t>(4 * g) * stride + j * kColumns;
     MSE_UNROLL
     for (int r = 0; r < M; r++) {
       MSE_UNROLL
-      for (int c = 0; c < C; c++) Isa::store(to + r * stride + c * kColumns, sums[r][c]);
+      for (int c = 0; c < kVectors; c++)
+        Isa::store(sums + (first + r) * kStrip + (j + c) * kColumns, sum[r][c]);
     }
   }
 
-  template <int C>
-  void columns(int groups, int j) const {
-    int g;
-    if (groups == 1) return tile<1, C, true>(0, j);
-    tile<2, C, true>(0, j);
-    for (g = 2; g + 2 <= groups; g += 2) tile<2, C, false>(g, j);
-    if (g < groups) tile<1, C, false>(g, j);
+  void strip(const uint8_t *file, const uint8_t *next) const {
+    for (int j = 0; j < kStrip / kColumns; j += kVectors) {
+      if (p.rows <= 4) {
+        tile<4, true>(0, j, file, next);
+        continue;
+      }
+      tile<8, true>(0, j, file, next);
+      int r = 8;
+      for (; r + 4 < p.rows; r += 8) tile<8, false>(r, j, file, next);
+      if (r < p.rows) tile<4, false>(r, j, file, next);
+    }
   }
 };
 
+inline size_t scratch(int, const Mapped &p) {
+  const Parts parts(p);
+  return parts.weights + parts.rows + parts.sums;
+}
+
 template <class Isa>
-void product(int n, float *out, size_t stride, const void *weights, const void *activations,
-             int n_rows, int n_columns, void *scratch) {
-  const int blocks = n / kBlock, groups = n_rows / 4, vectors = n_columns / Isa::kColumns;
-  auto *rows = static_cast<Rows *>(scratch);
-  const auto *a = static_cast<const Activations *>(activations);
-  for (size_t i = 0; i < static_cast<size_t>(groups) * blocks; i++) Isa::prepare(a[i], rows[i]);
-  const Product<Isa> p = {static_cast<const Weights *>(weights), a, rows, blocks, out, stride};
-  int j = 0;
-  // All rows by a few columns at a time: weights come from memory once, activations stay in a cache.
-  for (; j + Isa::kVectors <= vectors; j += Isa::kVectors)
-    p.template columns<Isa::kVectors>(groups, j);
-  for (; j < vectors; j++) p.template columns<1>(groups, j);
+void run(int, const Mapped &p, int begin, int end, void *scratch) {
+  const Parts parts(p);
+  auto *weights = static_cast<Weights *>(scratch);
+  auto *rows = reinterpret_cast<Row *>(static_cast<char *>(scratch) + parts.weights);
+  auto *sums = reinterpret_cast<float *>(reinterpret_cast<char *>(rows) + parts.rows);
+  Row *to = rows;
+  for (int r = 0; r < p.rows; r++) {
+    const uint8_t *from = p.activations + r * p.activation_bytes;
+    for (int b = 0; b < p.blocks; b++, from += kRowBytes, to++) {
+      uint16_t half;
+      memcpy(&half, from, sizeof half);
+      *to = {_mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(half))), -4 * sum_of(from + 2)};
+    }
+  }
+  const Product<Isa> product = {p, weights, rows, sums};
+  for (int column = begin; column < end; column += kStrip) {
+    const uint8_t *file = p.weights + column * p.weight_bytes;
+    // The last strip fetches itself once more, which costs nothing.
+    product.strip(file, column + kStrip < end ? file + kStrip * p.weight_bytes : file);
+    for (int r = 0; r < p.rows; r++)
+      memcpy(p.out + r * p.stride + column, sums + r * kStrip, kStrip * sizeof(float));
+  }
 }
 
-static inline int64_t eight_bytes(const int8_t *from) {
-  int64_t bits;
-  memcpy(&bits, from, sizeof bits);
-  return bits;
-}
-
+}  // namespace
 }  // namespace mse_ggml
 #endif

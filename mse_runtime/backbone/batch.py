@@ -51,15 +51,12 @@ class Entries:
         )
 
 
-def fillers(n: int, product: str) -> int:
+def fillers(n: int) -> int:
     """How many entries more make a pass of n cheaper where the weights are repacked.
 
-    Matrices are multiplied with four rows at a time, what is left with single ones that cost about
-    as much as four. llama.cpp's own product (`library.q4_0_product`) has a faster way for 16, and
-    single rows cost it half as much as four (see `--positions` of bench/overhead.py).
+    llama.cpp multiplies them with four rows at a time, what is left with single ones that cost half
+    as much as four, and has a faster way for 16 (see `--positions` of bench/overhead.py).
     """
-    if product != "llama.cpp":
-        return -n % 4
     if n % 16 > 12:
         return -n % 16
     return -n % 4 if n % 4 > 1 else 0

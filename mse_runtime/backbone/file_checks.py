@@ -81,14 +81,14 @@ def repacking_pays(gguf: Gguf) -> bool:
 
     On x86 without AMX llama.cpp multiplies K-quants faster from the file's own layout, whatever the
     length of a pass, and has no repacked layout for others; what is not repacked is mapped, which
-    takes no time. With AMX our own product takes the file's layout (`library.mapped_types`).
-    Loads llama.cpp.
+    takes no time. So does our own product (`library.mapped_types`). Loads llama.cpp.
     """
-    sizes = _matrices(gguf)
-    if sizes.keys() <= set(library.mapped_types()) and _flat(gguf):
+    sizes, ours = _matrices(gguf), set(library.mapped_types()) if _flat(gguf) else set()
+    if sizes.keys() <= ours:
         return False
     if cpu.is_x86() and not cpu.has_amx():
-        return 2 * sum(sizes.get(kind, 0) for kind in _FASTER_REPACKED) > sum(sizes.values())
+        faster = _FASTER_REPACKED - ours
+        return 2 * sum(sizes.get(kind, 0) for kind in faster) > sum(sizes.values())
     return may_repack(gguf)
 
 

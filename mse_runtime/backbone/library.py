@@ -19,13 +19,12 @@ from typing import Any
 from mse_runtime.backbone.reports import redirect_log
 from mse_runtime.errors import BackboneError
 
-__all__ = ["Device", "build_id", "devices", "folder", "load", "mapped_types", "q4_0_product"]
+__all__ = ["Device", "build_id", "devices", "folder", "load", "mapped_types"]
 
 _PACKAGE = "llama_cpp"
 _SPINS = 8000  # some hundred microseconds
 _lock = threading.Lock()
 _library: Any = None
-_q4_0 = "llama.cpp"
 _mapped: tuple[str, ...] = ()
 
 
@@ -117,31 +116,24 @@ def _patience() -> Iterator[None]:
 @contextmanager
 def _faster_products(where: Path) -> Iterator[None]:
     """Around the loading of llama.cpp: our products of weights, where there are any."""
-    global _q4_0, _mapped
+    global _mapped
     try:
         from mse_kernels import ggml, mapped
     except ImportError:  # the kernels are optional
         yield
         return
     # Loaded before us, its names are bound; and what is not there cannot be compared.
-    if ggml.theirs(where) is not None or not any(where.glob("libggml-cpu*.so*")):
+    if mapped.theirs(where) is not None or not any(where.glob("libggml-cpu*.so*")):
         yield
         return
     ggml.preload()
     yield
-    if kernel := ggml.settle(where):
-        _q4_0 = f"mse_kernels, {kernel}"
     _mapped = mapped.settle(where)
 
 
-def q4_0_product() -> str:
-    """Whose product of repacked Q4_0 weights runs: `mse_kernels, KERNEL` or `llama.cpp`."""
-    return _q4_0
-
-
 def mapped_types() -> tuple[str, ...]:
-    """The types of weights that are multiplied as the mapped file has them, faster than from
-    another layout. Loads llama.cpp.
+    """The types of weights that our product multiplies as the mapped file has them, so that another
+    layout of llama.cpp's would not pay. Loads llama.cpp.
     """
     load()
     return _mapped

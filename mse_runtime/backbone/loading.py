@@ -14,7 +14,6 @@ from mse_runtime.backbone import cpu, library
 from mse_runtime.backbone.file_checks import check_file, may_repack, repacking_pays
 from mse_runtime.backbone.head import make_tap
 from mse_runtime.backbone.mapped import STEP, CopiedPages
-from mse_runtime.backbone.repack import REPACKED, repacked_q4_0
 from mse_runtime.backbone.reports import log_errors, log_lines, log_mark, progress_callback
 from mse_runtime.backbone.rotary import TABLES, RopeTable, Rounding
 from mse_runtime.errors import BackboneError
@@ -31,6 +30,8 @@ _PLAIN_ROPE = {-1, 0, 2}  # none, norm, neox; the others take several positions 
 _BUFFER = re.compile(r":\s+(\S+)\s+(model|KV|compute|output) buffer size\s*=\s*([\d.]+) MiB")
 _LOADING = threading.Lock()
 """Models load in turns: llama.cpp unmaps parts of files at the end (see `CopiedPages`)."""
+_REPACKED = "CPU_REPACK model"
+"""llama.cpp's name of the buffer of repacked weights."""
 _OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
 
 
@@ -170,11 +171,6 @@ def _load_weights(
     params.use_extra_bufts = extra
     copied = copied_pages(gguf, extra, options.n_gpu_layers)
     params.load_mode = _READ if copies_weights(gguf, extra) and copied is None else _MMAP
-    if extra and options.n_gpu_layers == 0:
-        overrides = repacked_q4_0(lib, gguf)
-        params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
-        if overrides is not None:
-            params.use_extra_bufts = False
     no_devices = (ctypes.c_void_p * 1)(None)
     if options.n_gpu_layers == 0:  # an empty list: no GPU context (some 300 MB) is made
         params.devices = ctypes.cast(no_devices, ctypes.c_void_p)
@@ -285,7 +281,7 @@ def _describe(
             buffers[key] = round(buffers.get(key, 0.0) + float(match[3]), 2)
         if match := _OFFLOADED.search(line):
             offloaded = int(match[1])
-    repacked = f"{REPACKED} model" in buffers
+    repacked = _REPACKED in buffers
     gpus = [d for d in library.devices() if d.kind in ("gpu", "igpu")]
     if options.n_gpu_layers and not offloaded:
         reason = "llama.cpp was built without GPU support" if not gpus else "none was taken"
@@ -301,17 +297,15 @@ def _describe(
         "threads": options.threads,
         "extra_bufts": extra,
         "repacked": repacked,
-        "product": _product(gguf, extra, repacked, offloaded),
+        "product": _product(gguf, extra, offloaded),
         "buffers_mib": buffers,
         "warnings": warnings,
     }
 
 
-def _product(gguf: Gguf, extra: bool, repacked: bool, offloaded: int) -> str:
-    """Whose product multiplies the weights on the CPU: `mse_kernels, KERNEL` or `llama.cpp`."""
-    if offloaded > gguf.n_layer:
+def _product(gguf: Gguf, extra: bool, offloaded: int) -> str:
+    """Whose product multiplies the weights on the CPU: `mse_kernels, mapped` or `llama.cpp`."""
+    if extra or offloaded > gguf.n_layer:
         return "llama.cpp"
-    if extra:
-        return library.q4_0_product() if repacked else "llama.cpp"
     types = {info.type for name, info in gguf.tensors.items() if name != "token_embd.weight"}
     return "mse_kernels, mapped" if types & set(library.mapped_types()) else "llama.cpp"

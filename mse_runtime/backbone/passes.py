@@ -89,7 +89,7 @@ class Passes(Sequences):
 
     def _run(self, entries: Entries) -> None:
         """`llama_decode`, filled up where that is cheaper and there is room."""
-        more = fillers(len(entries), self.info["product"]) if self.info["repacked"] else 0
+        more = fillers(len(entries)) if self.info["repacked"] else 0
         whole = min(self.n_batch, self._n_ubatch)  # what llama.cpp neither refuses nor cuts up
         if not more or len(entries) + more > whole:
             self._run_these(entries)

@@ -1,0 +1,80 @@
+"""Weights as the file has them, by each of our kernels, and in llama.cpp's own layout, in turns.
+
+    python bench/layouts.py --shapes qwen-1.8b [--quants q4_0] [--quick] [--out F.jsonl]
+
+Opening a model in a process that has llama.cpp loaded, and passes of 1 to 110 positions after 60
+others. The kernels are those that this processor runs: a processor without the best ones runs the
+others, so what they cost there can be seen here. "llama.cpp" is its own products with the layout it
+chooses, as the floor of bench/latency.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+from bundles import Pair, make
+from common import Writer, machine, parse, parser, ratio, timed, timing, turns
+
+from mse_kernels import ggml, mapped
+from mse_runtime.backbone import Backbone, library
+
+BEFORE, PASSES = 60, (1, 13, 41, 110)
+THEIRS = "llama.cpp"
+
+
+def opened(pair: Pair, threads: int | None, kernel: str | None) -> Backbone:
+    return Backbone.open(pair.gguf, n_ctx=256, threads=threads, extra_bufts=kernel is None)
+
+
+def opening(pair: Pair, threads: int | None, kernel: str | None) -> float:
+    return timed(lambda: opened(pair, threads, kernel).close())
+
+
+def one_pass(backbone: Backbone, kernel: str | None, n: int) -> float:
+    mapped.use(mapped.types_of(kernel) if kernel else (), library.folder(), kernel)
+    backbone.truncate(0, BEFORE)
+    rows = backbone.embed(np.arange(n) * 37 % backbone.n_vocab)
+    return timed(lambda: backbone.prefill(rows, logits="none"))
+
+
+def compare(pair: Pair, args: argparse.Namespace, write: Writer) -> None:
+    ours = [k for k in ggml.kernels() if pair.quant.upper() in mapped.types_of(k)]
+    about = {"shape": pair.shape, "quant": pair.quant}
+    with opened(pair, args.threads, ours[0]) as one, opened(pair, args.threads, None) as other:
+        cases: dict[str, Callable[[], float]] = {
+            "opening, mapped": partial(opening, pair, args.threads, ours[0]),
+            f"opening, {THEIRS}": partial(opening, pair, args.threads, None),
+        }
+        for backbone in (one, other):
+            backbone.prefill(backbone.embed(np.arange(BEFORE)), logits="none")
+        for n in PASSES:
+            for kernel in ours:
+                cases[f"{n} positions, {kernel}"] = partial(one_pass, one, kernel, n)
+            cases[f"{n} positions, {THEIRS}"] = partial(one_pass, other, None, n)
+        samples = turns(cases, repeat=args.repeat, seconds=args.seconds)
+    mapped.use(library.mapped_types(), library.folder())
+    for case, found in samples.items():
+        write(timing("layouts", case, found, **about))
+        what, _, by = case.partition(", ")
+        if by != THEIRS:
+            case = f"{case} / {THEIRS}"
+            write(ratio("layouts", case, found, samples[f"{what}, {THEIRS}"], **about))
+
+
+def main() -> None:
+    made = parser(__doc__, shapes=("qwen-1.8b",))
+    args = parse(made)
+    write = Writer(args.out)
+    write(machine())
+    if not library.mapped_types():
+        raise SystemExit("here llama.cpp's own products run: no Linux on x86-64, or no kernels")
+    for shape in args.shapes:
+        for quant in args.quants:
+            compare(make(shape, quant, args.bundles), args, write)
+
+
+if __name__ == "__main__":
+    main()
