@@ -15,6 +15,7 @@ TITLES = {
     "throughput": "Throughput",
     "neighbour": "Beside a busy neighbour",
     "slopes": "How the cost grows",
+    "layouts": "Weights as the file has them, and in llama.cpp's layout",
 }
 INTRO = """# Benchmarks
 

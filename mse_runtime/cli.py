@@ -403,7 +403,7 @@ def _reader(options: dict[str, Any]) -> AbstractContextManager[FeaturePool | Non
         return nullcontext()
     from mse_runtime.features.pool import FeaturePool
 
-    pool = FeaturePool(once=True)
+    pool = FeaturePool(once=True, verbose=options["verbose"])
     try:
         pool.start()
     except OSError:  # no more processes: then this one reads it

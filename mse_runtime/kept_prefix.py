@@ -10,6 +10,7 @@ depend on whether one was there.
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import tempfile
 from contextlib import suppress
@@ -44,8 +45,10 @@ def restore(backbone: Backbone, bundle: Bundle, ids: NDArray[np.int32]) -> bool:
         return False
     path = _path(backbone, bundle, ids)
     try:
-        backbone.load_state(0, path.read_bytes())
-    except (OSError, BackboneError):
+        with path.open("rb") as file:  # mapped: read, it would be copied once more
+            state = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        backbone.load_state(0, state)
+    except (OSError, ValueError, BackboneError):  # ValueError: it is empty
         return False
     with suppress(OSError):  # not ours to touch, or gone by now: it has been read all the same
         os.utime(path)

@@ -17,7 +17,7 @@ import pytest
 from fault_tools import CLIP, ROOT, command, decoder_traps
 
 from mse_runtime import Analyzer, background
-from mse_runtime.errors import MediaError
+from mse_runtime.errors import MediaError, MSEError
 from mse_runtime.features.pool import FeaturePool
 from mse_runtime.features.spec import Features
 from mse_runtime.memory import measured
@@ -141,6 +141,16 @@ def test_a_process_that_reads_once_is_gone_after_its_clip() -> None:
             assert process.wait(30) == 0
         pool.retire()
         assert pool._all[0]._process is None
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_an_error_that_is_not_the_clips_has_a_traceback_where_that_was_asked_for(
+    verbose: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    request = {"path": str(CLIP), "audio_spec": "lld13/1", "face_spec": None, "end": "x"}
+    with FeaturePool(verbose=verbose) as pool, pytest.raises(MSEError, match="ValueError"):
+        pool.submit(request).result()
+    assert ("Traceback" in capfd.readouterr().err) is verbose
 
 
 @pytest.mark.parametrize("more", [(), ("--low-memory",)])

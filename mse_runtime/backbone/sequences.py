@@ -186,7 +186,7 @@ class Sequences:
         with self._lock:
             return state.save(self._lib, self._context, self._fingerprint(), seq, self.length(seq))
 
-    def load_state(self, seq: int, saved: bytes) -> None:
+    def load_state(self, seq: int, saved: bytes | memoryview) -> None:
         """Replace a sequence by a saved one.
 
         Raises BackboneError for states that are damaged or come from another model, cache type,

@@ -38,7 +38,12 @@ def save(lib: Any, context: Any, fingerprint: Sequence[object], seq: int, length
 
 
 def load(
-    lib: Any, context: Any, fingerprint: Sequence[object], seq: int, saved: bytes, n_ctx: int
+    lib: Any,
+    context: Any,
+    fingerprint: Sequence[object],
+    seq: int,
+    saved: bytes | memoryview,
+    n_ctx: int,
 ) -> None:
     """Put a saved sequence in place of `seq`."""
     if not isinstance(saved, bytes | bytearray | memoryview) or len(saved) < _HEADER.size:

@@ -43,7 +43,9 @@ def run_batch(analyzer: Analyzer, listing: Path, output: Path, options: dict[str
         Journal(
             journal_path(output), rows, run=_fingerprint(analyzer, options), retry=options["retry"]
         ) as journal,
-        FeaturePool(workers, options["clip_timeout"], options["clip_memory"]) as pool,
+        FeaturePool(
+            workers, options["clip_timeout"], options["clip_memory"], verbose=options["verbose"]
+        ) as pool,
         Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TimeRemainingColumn(),

@@ -45,8 +45,9 @@ class FeaturePool:
     """`workers` child processes; `submit` gives a future of `Features`.
 
     timeout: seconds one clip may take. memory_mb: address space of a worker, in MiB. None for no
-    limit. once: a process ends after its first clip, and another one is started for the next. A
-    clip that goes over a limit, or kills its worker, fails with MediaError; the worker is replaced.
+    limit. once: a process ends after its first clip, and another one is started for the next.
+    verbose: what workers and decoders write on stderr is seen, tracebacks among it. A clip that
+    goes over a limit, or kills its worker, fails with MediaError; the worker is replaced.
     """
 
     def __init__(
@@ -56,12 +57,13 @@ class FeaturePool:
         memory_mb: int | None = None,
         *,
         once: bool = False,
+        verbose: bool = False,
     ) -> None:
         self.workers = workers
         self._timeout = timeout
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._stopped = threading.Event()
-        self._all = [_Worker(memory_mb, once, self._stopped) for _ in range(workers)]
+        self._all = [_Worker(memory_mb, once, verbose, self._stopped) for _ in range(workers)]
         for worker in self._all:
             self._idle.put(worker)
         # The processes end with the threads that started them (`worker._end_with_parent`): these.
@@ -127,9 +129,12 @@ class FeaturePool:
 class _Worker:
     """One child process, started when it is first asked and again after it ended."""
 
-    def __init__(self, memory_mb: int | None, once: bool, stopped: threading.Event) -> None:
+    def __init__(
+        self, memory_mb: int | None, once: bool, verbose: bool, stopped: threading.Event
+    ) -> None:
         self._memory = memory_mb
         self._once = once
+        self._stderr = None if verbose else subprocess.DEVNULL
         self._stopped = stopped
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -175,7 +180,7 @@ class _Worker:
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._stderr,
             start_new_session=True,  # Ctrl-C is the parent's to handle
         )  # fmt: skip
         self._process = made

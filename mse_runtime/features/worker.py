@@ -103,6 +103,9 @@ def answer(request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
     except MemoryError:
         return _refusal("MediaError", f"{path}: decoding it takes more memory than allowed."), b""
     except Exception as error:  # whatever it was, the next clip has another chance
+        import traceback
+
+        traceback.print_exc()
         return _refusal("MSEError", f"{path}: {type(error).__name__}: {error}"), b""
     return {}, content.getvalue()
 
