@@ -33,12 +33,12 @@ Ids = np.ndarray[Any, np.dtype[np.int32]]
 @contextmanager
 def llama_cpp_alone() -> Iterator[None]:
     """llama.cpp's own products of weights, where ours stand in for them."""
-    folder, types = library.folder(), library.mapped_types()
-    mapped.use((), folder)
+    folder, kernel = library.folder(), library.kernel()
+    mapped.use(None, folder)
     try:
         yield
     finally:
-        mapped.use(types, folder)
+        mapped.use(kernel, folder)
 
 
 class Engine:

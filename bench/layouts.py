@@ -3,9 +3,9 @@
     python bench/layouts.py --shapes qwen-1.8b [--quants q4_0] [--quick] [--out F.jsonl]
 
 Opening a model in a process that has llama.cpp loaded, and passes of 1 to 110 positions after 60
-others. The kernels are those that this processor runs: a processor without the best ones runs the
-others, so what they cost there can be seen here. "llama.cpp" is its own products with the layout it
-chooses, as the floor of bench/latency.py.
+others. The kernels are all that this processor runs, the best one first. "llama.cpp" is its own
+products with the layout that it chooses for this processor (a remark names it), as the floor of
+bench/latency.py: beside it stand kernels that a processor would run which has less.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import partial
 
 import numpy as np
 from bundles import Pair, make
-from common import Writer, machine, parse, parser, ratio, timed, timing, turns
+from common import Writer, machine, note, parse, parser, ratio, timed, timing, turns
 
 from mse_kernels import ggml, mapped
 from mse_runtime.backbone import Backbone, library
@@ -34,16 +34,22 @@ def opening(pair: Pair, threads: int | None, kernel: str | None) -> float:
 
 
 def one_pass(backbone: Backbone, kernel: str | None, n: int) -> float:
-    mapped.use(mapped.types_of(kernel) if kernel else (), library.folder(), kernel)
+    mapped.use(kernel, library.folder())
     backbone.truncate(0, BEFORE)
     rows = backbone.embed(np.arange(n) * 37 % backbone.n_vocab)
     return timed(lambda: backbone.prefill(rows, logits="none"))
 
 
 def compare(pair: Pair, args: argparse.Namespace, write: Writer) -> None:
-    ours = [k for k in ggml.kernels() if pair.quant.upper() in mapped.types_of(k)]
+    kind = pair.quant.upper().removesuffix("_M")
+    ours = [k for k in ggml.kernels() if kind in mapped.types_of(k, library.folder())]
     about = {"shape": pair.shape, "quant": pair.quant}
+    if not ours:
+        write(note("layouts", "no kernel here multiplies this type", **about))
+        return
     with opened(pair, args.threads, ours[0]) as one, opened(pair, args.threads, None) as other:
+        theirs = ", ".join(name for name in other.info["buffers_mib"] if name.endswith(" model"))
+        write(note("layouts", f"llama.cpp's buffers are {theirs}", **about))
         cases: dict[str, Callable[[], float]] = {
             "opening, mapped": partial(opening, pair, args.threads, ours[0]),
             f"opening, {THEIRS}": partial(opening, pair, args.threads, None),
@@ -55,7 +61,7 @@ def compare(pair: Pair, args: argparse.Namespace, write: Writer) -> None:
                 cases[f"{n} positions, {kernel}"] = partial(one_pass, one, kernel, n)
             cases[f"{n} positions, {THEIRS}"] = partial(one_pass, other, None, n)
         samples = turns(cases, repeat=args.repeat, seconds=args.seconds)
-    mapped.use(library.mapped_types(), library.folder())
+    mapped.use(library.kernel(), library.folder())
     for case, found in samples.items():
         write(timing("layouts", case, found, **about))
         what, _, by = case.partition(", ")

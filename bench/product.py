@@ -21,7 +21,7 @@ from mse_runtime.backbone import library
 def seconds(name: str, kernel: str | None, weights: Any, rows: Any) -> float | None:
     """One product by `kernel`, None llama.cpp's; None where it has none of this type."""
     folder = library.folder()
-    mapped.use(mapped.types_of(kernel) if kernel else (), folder, kernel)
+    mapped.use(kernel, folder)
     function = mapped.ours() if kernel else mapped.theirs(folder)
     begun = time.perf_counter()
     try:
@@ -47,7 +47,9 @@ def main() -> None:
 
 
 def compare(name: str, rows: int, depth: int, columns: int) -> None:
-    kernels = [kernel for kernel in ggml.kernels() if name in mapped.types_of(kernel)]
+    kernels = [
+        kernel for kernel in ggml.kernels() if name in mapped.types_of(kernel, library.folder())
+    ]
     weights, activations = mapped.sample(name, columns, rows, depth)
     times: dict[str | None, list[float]] = {kernel: [] for kernel in (*kernels, None)}
     for _ in range(31):

@@ -58,11 +58,9 @@ def steps(shapes: Sequence[str], quick: bool, limit: int) -> list[Step]:
         Step("throughput.py", (*rest, "--seconds", "30")),
         Step("neighbour.py", (*rest, "--seconds", "30")),
         Step("slopes.py", (*rest, "--seconds", "20")),
-        Step(
-            "layouts.py",
-            ("--shapes", "qwen-1.8b" if "qwen-1.8b" in shapes else shapes[0], "--seconds", "25"),
-        ),
     ]
+    if "qwen-1.8b" in shapes:
+        found.append(Step("layouts.py", ("--shapes", "qwen-1.8b", "--seconds", "25")))
     if "llama2-7b" in shapes and not quick:
         few = ("--clips", "4", "--seconds", "20")
         found.append(Step("throughput.py", ("--shapes", "llama2-7b", *few)))

@@ -150,7 +150,7 @@ def llama_cpp() -> Iterator[Finding]:
     built = ", ".join(re.findall(r"(\w+) = 1", system))
     yield Finding("llama-cpp-python", "ok", f"{version}, build {library.build_id()} with {built}")
     types = ", ".join(library.mapped_types())
-    by = f"by mse_kernels: {types}" if types else "by llama.cpp"
+    by = f"by mse_kernels, {library.kernel()}: {types}" if types else "by llama.cpp"
     yield Finding("product of mapped weights", "ok", by)
     kinds = [f"{device.kind} {device.description}" for device in library.devices()]
     yield Finding("devices", "ok", "; ".join(kinds) or "the CPU")

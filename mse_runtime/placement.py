@@ -215,7 +215,6 @@ class _Sizes:
         self.weights = [0] * (self.n_layer + 1)
         self.embedding = gguf.tensors["token_embd.weight"].size
         self.tied = "output.weight" not in gguf.tensors
-        self.output = 0 if self.tied else gguf.tensors["output.weight"].size
         for name, info in gguf.tensors.items():
             if match := _LAYER.match(name):
                 self.weights[min(int(match[1]), self.n_layer)] += info.size

@@ -35,10 +35,10 @@ pytestmark = pytest.mark.skipif(
 def test_a_llama_cpp_that_was_loaded_before_keeps_its_own() -> None:
     code = (
         "import llama_cpp; from mse_runtime.backbone import library; library.load(); "
-        "print(library.mapped_types())"
+        "print(library.kernel())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "()", done.stderr
+    assert done.stdout.strip() == "None", done.stderr
 
 
 def test_the_whole_package_imported_afterwards_takes_nothing_away(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_the_whole_package_imported_afterwards_takes_nothing_away(tmp_path: Path
         "    print(model.info['product'], *model.info['buffers_mib'], sep=';')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.startswith("mse_kernels, mapped;"), done.stderr
+    assert done.stdout.startswith(f"mse_kernels, {NAMES[0]};"), done.stderr
     assert "CPU_Mapped model" in done.stdout
 
 
@@ -62,10 +62,10 @@ def test_without_the_instructions_or_llama_cpp_nothing_stands_in(
     code = (
         "from mse_runtime.backbone import library\n"
         f"with library._faster_products(library.Path({str(tmp_path)!r})): pass\n"
-        "print(library._mapped, 'mse_ggml' in open('/proc/self/maps').read())"
+        "print(library._kernel, 'mse_ggml' in open('/proc/self/maps').read())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.split() == ["()", "False"], done.stderr
+    assert done.stdout.split() == ["None", "False"], done.stderr
     vnni = frozenset(ggml._AVX512)
     for flags, names in (
         (vnni, ("avx512_vnni", "avx2")),
@@ -78,9 +78,9 @@ def test_without_the_instructions_or_llama_cpp_nothing_stands_in(
             assert ggml.kernels() == names
     monkeypatch.setattr(ggml, "flags", frozenset)
     assert ggml.preload.__wrapped__() is None
-    assert mapped.settle(library.folder()) == ()
+    assert mapped.settle(library.folder()) is None
     monkeypatch.undo()
-    assert mapped.settle(library.folder())
+    assert mapped.settle(library.folder()) == NAMES[0]
 
 
 def test_what_llama_cpp_calls_under_the_sanitizers(tmp_path: Path) -> None:

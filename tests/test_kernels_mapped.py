@@ -30,8 +30,8 @@ FOLDER = library.folder()
 library.load()
 TYPES = tuple(mapped.TYPES)
 KERNELS = ggml.kernels()
-CASES = [(kernel, name) for kernel in KERNELS for name in mapped.types_of(kernel)]
-BEST = mapped.types_of(KERNELS[0]) if KERNELS else ()
+CASES = [(kernel, name) for kernel in KERNELS for name in mapped.types_of(kernel, FOLDER)]
+BEST = KERNELS[0] if KERNELS else None
 Bytes = NDArray[np.uint8]
 pytestmark = pytest.mark.skipif(
     not KERNELS, reason="no x86-64 with AVX2, no Linux, or the kernel library was not built"
@@ -48,7 +48,7 @@ def ours_afterwards() -> Iterator[None]:
 
 def ours(kernel: str, name: str, weights: Bytes, rows: Bytes, threads: int = 1) -> Any:
     """The product [M, N] by a kernel."""
-    mapped.use(mapped.types_of(kernel), FOLDER, kernel)
+    mapped.use(kernel, FOLDER)
     return mapped.product(mapped.ours(), name, weights, rows, threads)
 
 
@@ -97,7 +97,7 @@ def test_the_product_is_the_plain_one(
     kernel: str, name: str, strips: int, blocks: int, count: int, threads: int, seed: int
 ) -> None:
     seed = abs(seed) % 1000
-    blocks *= 8 if name in ("Q4_0", "Q5_0", "Q8_0") else 1
+    blocks *= 8 if seed % 2 and name in ("Q4_0", "Q5_0", "Q8_0") else 1
     weights = random_weights(name, 16 * strips, blocks + seed % 3, seed)
     rows, values = random_rows(name, count, blocks + seed % 3, seed)
     expected, size = plain(name, weights, values)
@@ -168,7 +168,7 @@ def test_what_ours_has_not_goes_on_to_llama_cpp() -> None:
     odd = random_weights("Q4_0", 20, 4, 0)  # not sixteen columns at a time
     assert close(mapped.product(mapped.ours(), "Q4_0", odd, rows), *plain("Q4_0", odd, values))
     even = random_weights("Q4_0", 32, 4, 0)
-    mapped.use((), FOLDER)
+    mapped.use(None, FOLDER)
     assert close(mapped.product(mapped.ours(), "Q4_0", even, rows), *plain("Q4_0", even, values))
     assert mapped.calls() == before
     assert mapped.settle(FOLDER) == BEST
@@ -178,13 +178,13 @@ def test_what_ours_has_not_goes_on_to_llama_cpp() -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_llama_cpp_calls_the_kernel(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert library.mapped_types() == BEST
+    assert library.kernel() == BEST
     monkeypatch.setattr(ggml, "kernels", lambda: KERNELS[KERNELS.index(kernel) :])
-    assert mapped.settle(FOLDER) == mapped.types_of(kernel)
+    assert mapped.settle(FOLDER) == kernel
     for name in TYPES:
         before = mapped.calls()
         assert mapped.graph_product(FOLDER, name) is not None
-        assert (mapped.calls() > before) == (name in mapped.types_of(kernel))
+        assert (mapped.calls() > before) == (name in mapped.types_of(kernel, FOLDER))
 
 
 def test_another_product_is_left_to_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,13 +198,14 @@ def test_another_product_is_left_to_llama_cpp(monkeypatch: pytest.MonkeyPatch) -
     ):
         with monkeypatch.context() as patch:
             patch.setattr(mapped, *change)
-            assert mapped.settle(FOLDER) == ()
+            assert mapped.settle(FOLDER) is None
         before = mapped.calls()
         assert real(FOLDER, "Q4_0") is not None
         assert mapped.calls() == before
     with monkeypatch.context() as patch:  # tensors that are laid out in another way
         patch.setattr(mapped, "_source", lambda _: -1)
-        assert mapped.settle(FOLDER) == tuple(name for name in BEST if name in mapped._PLAIN)
+        assert mapped.settle(FOLDER) == BEST
+        assert set(mapped.types_of(KERNELS[0], FOLDER)) <= set(mapped._PLAIN)
     assert mapped.settle(FOLDER) == BEST
 
 
@@ -218,20 +219,22 @@ def test_a_kernel_that_differs_makes_room_for_the_next(monkeypatch: pytest.Monke
         return found + 1 if name == "Q6_K" and mapped.calls() > before else found
 
     monkeypatch.setattr(mapped, "graph_product", wrong_q6_k)
-    assert mapped.settle(FOLDER) == ("Q4_0",)
+    assert mapped.settle(FOLDER) == "avx512_vnni"
 
 
 @tiles
-def test_a_model_of_several_types(tmp_path: Path) -> None:
+def test_a_model_of_several_types(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer each in Q4_0, Q8_0, Q4_K and Q6_K: K-quants have another way through llama.cpp."""
     path = write_probe_model(tmp_path / "m.gguf")
     ids = np.arange(40) % N_VOCAB
     with Backbone.open(path, threads=2, extra_bufts=False) as backbone:
-        assert backbone.info["product"] == "mse_kernels, mapped"
+        assert backbone.info["product"] == f"mse_kernels, {BEST}"
         assert backbone.info["mapped"]
         found, counts = [], []
-        for names in (TYPES, mapped._PLAIN, ()):
-            mapped.use(names, FOLDER)
+        real = mapped._source
+        for kernel, source in (("amx", real), ("amx", lambda _: -1), (None, real)):
+            monkeypatch.setattr(mapped, "_source", source)
+            mapped.use(kernel, FOLDER)
             before = mapped.calls()
             backbone.clear()
             found.append(np.stack([backbone.prefill(ids), backbone.prefill([3])]))
@@ -246,14 +249,14 @@ def test_a_model_of_several_types(tmp_path: Path) -> None:
 def test_a_model_in_q4_0_by_every_kernel(arch: str, tmp_path: Path) -> None:
     path, rows = toy_gguf(tmp_path / "m.gguf", arch, dtype="q4_0"), np.arange(30)
     with Backbone.open(path, threads=2) as backbone:
-        assert backbone.info["product"] == "mse_kernels, mapped"
+        assert backbone.info["product"] == f"mse_kernels, {BEST}"
         assert not backbone.info["repacked"]
         assert {name for name in backbone.info["buffers_mib"] if name.endswith(" model")} == {
             "CPU_Mapped model"
         }
         found, counts = [], []
         for kernel in (*KERNELS, None):
-            mapped.use(mapped.types_of(kernel) if kernel else (), FOLDER, kernel)
+            mapped.use(kernel, FOLDER)
             before = mapped.calls()
             backbone.clear()
             found.append(backbone.prefill(rows))
@@ -274,4 +277,4 @@ def test_models_of_these_types_are_not_repacked(tmp_path: Path) -> None:
     with Gguf.open(path) as gguf:
         assert not repacking_pays(gguf)
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
-    assert done.stdout.strip() == "mse_kernels, mapped", done.stderr
+    assert done.stdout.strip() == f"mse_kernels, {BEST}", done.stderr

@@ -48,7 +48,7 @@ def test_the_plan_is_what_llama_cpp_allocates(
 ) -> None:
     with Gguf.open(wide[arch]) as gguf:
         planned = plan(gguf, n_ctx=n_ctx, low_memory=low_memory)
-        # The output matrix of an odd width may stay in the file, where llama.cpp chooses.
+        # The output matrix stays in the file where llama.cpp has no other layout for its shape.
         slack = gguf.tensors["output.weight"].size
     with Backbone.open(
         wide[arch], n_ctx=n_ctx, low_memory=low_memory, extra_bufts=None if low_memory else True,

@@ -67,7 +67,7 @@ def _runnable(lib: ctypes.CDLL) -> tuple[str, ...]:
         for name, (number, needs) in KERNELS.items()
         if set(needs) <= here and lib.mse_mapped_has(number)
     )
-    # Without VNNI llama.cpp's own has twice the width of ours.
+    # Without VNNI llama.cpp's own has twice the width of ours: not measured as the file has them.
     return () if "avx512bw" in here and "avx512_vnni" not in names else names
 
 

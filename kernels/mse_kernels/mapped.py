@@ -4,7 +4,7 @@ Weights that lie mapped need no copy in another layout, so a model is open as so
 mapped. With int8 tiles (Intel AMX) that is so for all types, by vectors for Q4_0; what ours has
 not, llama.cpp multiplies.
 
-    types = mapped.settle(folder)       # after `ggml.preload` and the loading of llama.cpp
+    kernel = mapped.settle(folder)      # after `ggml.preload` and the loading of llama.cpp
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ TYPES = {
 }
 """Name -> ggml's number, values and bytes of a block, and the same of the rows it multiplies."""
 _SCALES = {144: (0, 2), 176: (0, 2), 210: (208,)}  # where blocks of so many bytes have halves
-_PLAIN, _K_QUANTS = ("Q4_0", "Q5_0", "Q8_0"), ("Q4_K", "Q5_K", "Q6_K")
+_PLAIN = ("Q4_0", "Q5_0", "Q8_0")
 
 
 _libraries: dict[tuple[Path, str], Any] = {}
@@ -71,29 +71,25 @@ def theirs(folder: Path, symbol: str = SYMBOL) -> Any:
         return None
 
 
-def settle(folder: Path) -> tuple[str, ...]:
-    """What ours multiplies from now on: llama.cpp calls it and the results are its own's.
+def settle(folder: Path) -> str | None:
+    """The kernel that multiplies from now on: llama.cpp calls it and the results are its own's.
 
     Compared are products that llama.cpp computes, with ours and without, by the best kernel that
-    agrees; empty where none does or ours is not called. K-quants, which llama.cpp looks after in
-    another place, only where its tensors are laid out as we read them there.
+    agrees; None where none does or ours is not called.
     """
     for kernel in ggml.kernels():
-        names = types_of(kernel)
-        if _source(folder) < 0:
-            names = tuple(name for name in names if name in _PLAIN)
-        if _agrees(kernel, names, folder):
-            return names
-    use((), folder)
-    return ()
+        if _agrees(kernel, folder):
+            return kernel
+    use(None, folder)
+    return None
 
 
-def _agrees(kernel: str, names: tuple[str, ...], folder: Path) -> bool:
-    """Afterwards ours multiplies these types, if it agrees with llama.cpp's own."""
-    for name in names:
-        use((), folder)
+def _agrees(kernel: str, folder: Path) -> bool:
+    """Afterwards it multiplies, if it agrees with llama.cpp's own."""
+    for name in types_of(kernel, folder):
+        use(None, folder)
         theirs = graph_product(folder, name)
-        use(names, folder, kernel)
+        use(kernel, folder)
         before = calls()
         found = graph_product(folder, name)
         if theirs is None or found is None or calls() == before:
@@ -103,24 +99,25 @@ def _agrees(kernel: str, names: tuple[str, ...], folder: Path) -> bool:
     return True
 
 
-def types_of(kernel: str) -> tuple[str, ...]:
-    """What a kernel of `ggml.KERNELS` multiplies."""
-    return tuple(TYPES) if kernel == "amx" else ("Q4_0",)
-
-
-def use(names: tuple[str, ...], folder: Path, kernel: str | None = None) -> None:
-    """Which types ours multiplies in this process from now on: all of a kernel's, its plain ones or
-    none. kernel: one of `ggml.kernels`, None for the best.
+def types_of(kernel: str, folder: Path) -> tuple[str, ...]:
+    """What a kernel of `ggml.KERNELS` multiplies. K-quants, which llama.cpp looks after in another
+    place, only where its tensors are laid out as we read them there.
     """
+    if kernel != "amx":
+        return ("Q4_0",)
+    return tuple(TYPES) if _source(folder) >= 0 else _PLAIN
+
+
+def use(kernel: str | None, folder: Path) -> None:
+    """Which of `ggml.kernels` multiplies in this process from now on; None: llama.cpp's own."""
     lib = ggml.preload()
     if lib is None:
         return
-    offset = _source(folder) if set(_K_QUANTS) & set(names) else -1
     plain, tiled = (
         ctypes.cast(f, ctypes.c_void_p) if f else None
         for f in (theirs(folder), theirs(folder, TILED))
     )
-    number = ggml.KERNELS[kernel or ggml.kernels()[0]][0] if names else 0
+    number, offset = (ggml.KERNELS[kernel][0], _source(folder)) if kernel else (0, -1)
     lib.mse_mapped_use(plain, tiled, number, offset)
 
 

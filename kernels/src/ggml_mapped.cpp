@@ -5,6 +5,8 @@
 #include "ggml_mapped.h"
 
 #include <atomic>
+#include <mutex>
+#include <thread>
 #include <vector>
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -62,6 +64,46 @@ constexpr const Kernel *kKernels[] = {
 };
 constexpr int kCount = sizeof kKernels / sizeof *kKernels, kAmx = 4;
 
+// A product whose threads share the strips of sixteen columns: who is done takes some more. Cores may
+// be of two kinds, or have a neighbour. All threads of a product call once, and none comes to the next
+// one with the same result before all have left this one.
+struct Shared {
+  const void *result = nullptr;  // whose it is; null: nobody's
+  int inside = 0;
+  std::atomic<int64_t> taken{0};
+};
+constexpr int kShared = 64, kParts = 4;  // so many parts for each thread
+
+std::mutex sharing;
+Shared products[kShared];
+
+Shared *place(const void *result, int threads) {
+  const std::lock_guard<std::mutex> lock(sharing);
+  Shared *free = nullptr;
+  for (Shared &one : products) {
+    if (one.result == result) return &one;
+    if (!one.result && !free) free = &one;
+  }
+  if (!free) return nullptr;
+  free->result = result;
+  free->inside = threads;
+  free->taken.store(0, std::memory_order_relaxed);
+  return free;
+}
+
+// Waits for a place: somebody's product will be done.
+Shared *enter(const void *result, int threads) {
+  for (;;) {
+    if (Shared *product = place(result, threads)) return product;
+    std::this_thread::yield();
+  }
+}
+
+void leave(Shared *product) {
+  const std::lock_guard<std::mutex> lock(sharing);
+  if (--product->inside == 0) product->result = nullptr;
+}
+
 // Null where it is not the kernel's.
 const Bytes *find(int type, const Kernel *kernel) {
   if (!kernel || (type != kQ4_0 && kernel != kKernels[kAmx])) return nullptr;
@@ -81,6 +123,27 @@ char *scratch(size_t wanted) {
   const size_t count = (wanted + sizeof(Line) - 1) / sizeof(Line);
   if (lines.size() < count) lines.resize(count);
   return lines.data()->bytes;
+}
+
+// A thread's part of the product.
+void multiply(const Kernel &kernel, int type, const Mapped &product, int strips, int threads) {
+  // Without memory it ends here, as llama.cpp does: the other threads have begun.
+  char *place = scratch(kernel.scratch(type, product));
+  kernel.prepare(type, product, place);
+  if (threads == 1) return kernel.run(type, product, 0, 16 * strips, nullptr, place);
+  Shared *shared = enter(product.out, threads);
+  const int64_t parts = kParts * threads < strips ? kParts * threads : strips;
+  const auto column = [&](int64_t part) { return static_cast<int>(strips * part / parts * 16); };
+  const auto take = [&] { return shared->taken.fetch_add(1, std::memory_order_relaxed); };
+  int64_t part = take();
+  while (part < parts) {
+    const int64_t following = take();  // now: it is fetched while this one ends
+    const uint8_t *next =
+        following < parts ? product.weights + column(following) * product.weight_bytes : nullptr;
+    kernel.run(type, product, column(part), column(part + 1), next, place);
+    part = following;
+  }
+  leave(shared);
 }
 
 }  // namespace
@@ -119,11 +182,7 @@ EXPORT bool llamafile_sgemm(const Params *params, int64_t m, int64_t n, int64_t 
                             static_cast<size_t>(lda * type->weights),
                             static_cast<size_t>(ldb * type->activations), static_cast<int>(k),
                             static_cast<int>(n), static_cast<float *>(C), static_cast<size_t>(ldc)};
-    const int64_t strips = m / 16;
-    const int begin = static_cast<int>(strips * params->thread / params->threads * 16);
-    const int end = static_cast<int>(strips * (params->thread + 1) / params->threads * 16);
-    // Without memory it ends here, as llama.cpp does: the other threads have begun.
-    if (begin < end) kernel->run(a_type, product, begin, end, scratch(kernel->scratch(a_type, product)));
+    multiply(*kernel, a_type, product, static_cast<int>(m / 16), params->threads);
     calls.fetch_add(1, std::memory_order_relaxed);
     return true;
   }

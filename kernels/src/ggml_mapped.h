@@ -25,10 +25,13 @@ struct Mapped {
   size_t stride;
 };
 
-// A way to multiply; `scratch` says how many bytes it wants, aligned to 64.
+// A way to multiply; `scratch` says how many bytes it wants, aligned to 64. prepare: once for a thread,
+// before it runs some of the columns. next: weights of the columns that it runs afterwards, or null.
 struct Kernel {
   size_t (*scratch)(int type, const Mapped &product);
-  void (*run)(int type, const Mapped &product, int begin, int end, void *scratch);
+  void (*prepare)(int type, const Mapped &product, void *scratch);
+  void (*run)(int type, const Mapped &product, int begin, int end, const uint8_t *next,
+              void *scratch);
 };
 extern const Kernel avx2, avx_vnni, avx512_vnni;  // Q4_0
 extern const Kernel amx;                          // every type above but F32 and Q8_K

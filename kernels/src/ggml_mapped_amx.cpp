@@ -179,7 +179,7 @@ size_t scratch_of(const Mapped &p) {
 }
 
 template <class F>
-void run(const Mapped &p, int begin, int end, void *scratch) {
+void run(const Mapped &p, int begin, int end, const uint8_t *next, void *scratch) {
   using C = Columns<F::kDepth>;
   using R = Rows<F::kDepth>;
   using Total = float[kTile][kTile];
@@ -187,7 +187,6 @@ void run(const Mapped &p, int begin, int end, void *scratch) {
   auto *rows = static_cast<R *>(scratch);
   auto *columns = reinterpret_cast<C *>(rows + static_cast<size_t>(tiles) * steps);
   auto *total = reinterpret_cast<Total *>(columns + depth * F::kSteps);
-  pack_rows<F>(p, rows);
   TileConfig before, ours;
   MSE_CONFIGURATION(before);
   for (int t = 4; t < 8; t++) {
@@ -199,17 +198,17 @@ void run(const Mapped &p, int begin, int end, void *scratch) {
   const size_t strip_bytes = kTile * p.weight_bytes;
   for (int column = begin; column < end; column += kTile) {
     const uint8_t *at = p.weights + column * p.weight_bytes;
-    const bool last = column + kTile >= end;
+    const uint8_t *after = column + kTile < end ? at + strip_bytes : next;
     Strip<F> strip = {at, p.weight_bytes, columns, nullptr};
     for (int from = 0; from < p.blocks; from += depth) {
       const int blocks = p.blocks - from < depth ? p.blocks - from : depth;
       strip.at = at + static_cast<size_t>(from) * F::kBytes;
-      strip.next = at + strip_bytes + static_cast<size_t>(from) * F::kSteps * strip.kLines * 64;
+      if (after) strip.next = after + static_cast<size_t>(from) * F::kSteps * strip.kLines * 64;
       for (int b = 0; b < blocks; b++)
         F::unpack(strip.at + b * F::kBytes, p.weight_bytes, row, columns + b * F::kSteps);
       for (int t = 0; t < tiles; t++) {
         const R *here = rows + static_cast<size_t>(t) * steps + from * F::kSteps;
-        if (t == 0 && !last) strip.template tile<true>(here, blocks * F::kSteps, from == 0, total[t]);
+        if (t == 0 && after) strip.template tile<true>(here, blocks * F::kSteps, from == 0, total[t]);
         else strip.template tile<false>(here, blocks * F::kSteps, from == 0, total[t]);
       }
     }
@@ -233,20 +232,31 @@ size_t amx_scratch(int type, const Mapped &p) {
   }
 }
 
-void amx_run(int type, const Mapped &p, int begin, int end, void *scratch) {
+void amx_prepare(int type, const Mapped &p, void *scratch) {
   switch (type) {
-    case kQ4_0: return run<Q4_0>(p, begin, end, scratch);
-    case kQ5_0: return run<Q5_0>(p, begin, end, scratch);
-    case kQ8_0: return run<Q8_0>(p, begin, end, scratch);
-    case kQ4_K: return run<Q4_K>(p, begin, end, scratch);
-    case kQ5_K: return run<Q5_K>(p, begin, end, scratch);
-    case kQ6_K: return run<Q6_K>(p, begin, end, scratch);
+    case kQ4_0: return pack_rows<Q4_0>(p, static_cast<Rows<Q4_0::kDepth> *>(scratch));
+    case kQ5_0: return pack_rows<Q5_0>(p, static_cast<Rows<Q5_0::kDepth> *>(scratch));
+    case kQ8_0: return pack_rows<Q8_0>(p, static_cast<Rows<Q8_0::kDepth> *>(scratch));
+    case kQ4_K: return pack_rows<Q4_K>(p, static_cast<Rows<Q4_K::kDepth> *>(scratch));
+    case kQ5_K: return pack_rows<Q5_K>(p, static_cast<Rows<Q5_K::kDepth> *>(scratch));
+    case kQ6_K: return pack_rows<Q6_K>(p, static_cast<Rows<Q6_K::kDepth> *>(scratch));
+  }
+}
+
+void amx_run(int type, const Mapped &p, int begin, int end, const uint8_t *next, void *scratch) {
+  switch (type) {
+    case kQ4_0: return run<Q4_0>(p, begin, end, next, scratch);
+    case kQ5_0: return run<Q5_0>(p, begin, end, next, scratch);
+    case kQ8_0: return run<Q8_0>(p, begin, end, next, scratch);
+    case kQ4_K: return run<Q4_K>(p, begin, end, next, scratch);
+    case kQ5_K: return run<Q5_K>(p, begin, end, next, scratch);
+    case kQ6_K: return run<Q6_K>(p, begin, end, next, scratch);
   }
 }
 
 }  // namespace
 
-const Kernel amx = {amx_scratch, amx_run};
+const Kernel amx = {amx_scratch, amx_prepare, amx_run};
 
 bool amx_allowed() { return may_use_tiles(); }
 

@@ -162,13 +162,8 @@ inline size_t scratch(int, const Mapped &p) {
   return parts.weights + parts.rows + parts.sums;
 }
 
-template <class Isa>
-void run(int, const Mapped &p, int begin, int end, void *scratch) {
-  const Parts parts(p);
-  auto *weights = static_cast<Weights *>(scratch);
-  auto *rows = reinterpret_cast<Row *>(static_cast<char *>(scratch) + parts.weights);
-  auto *sums = reinterpret_cast<float *>(reinterpret_cast<char *>(rows) + parts.rows);
-  Row *to = rows;
+inline void prepare(int, const Mapped &p, void *scratch) {
+  auto *to = reinterpret_cast<Row *>(static_cast<char *>(scratch) + Parts(p).weights);
   for (int r = 0; r < p.rows; r++) {
     const uint8_t *from = p.activations + r * p.activation_bytes;
     for (int b = 0; b < p.blocks; b++, from += kRowBytes, to++) {
@@ -177,11 +172,20 @@ void run(int, const Mapped &p, int begin, int end, void *scratch) {
       *to = {_mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(half))), -4 * sum_of(from + 2)};
     }
   }
+}
+
+template <class Isa>
+void run(int, const Mapped &p, int begin, int end, const uint8_t *next, void *scratch) {
+  const Parts parts(p);
+  auto *weights = static_cast<Weights *>(scratch);
+  auto *rows = reinterpret_cast<const Row *>(static_cast<char *>(scratch) + parts.weights);
+  auto *sums = reinterpret_cast<float *>(static_cast<char *>(scratch) + parts.weights + parts.rows);
   const Product<Isa> product = {p, weights, rows, sums};
   for (int column = begin; column < end; column += kStrip) {
     const uint8_t *file = p.weights + column * p.weight_bytes;
-    // The last strip fetches itself once more, which costs nothing.
-    product.strip(file, column + kStrip < end ? file + kStrip * p.weight_bytes : file);
+    // The very last strip fetches itself once more, which costs nothing.
+    const uint8_t *after = next ? next : file;
+    product.strip(file, column + kStrip < end ? file + kStrip * p.weight_bytes : after);
     for (int r = 0; r < p.rows; r++)
       memcpy(p.out + r * p.stride + column, sums + r * kStrip, kStrip * sizeof(float));
   }

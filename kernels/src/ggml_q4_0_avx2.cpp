@@ -67,9 +67,9 @@ struct Avx2 {
 }  // namespace
 
 #ifdef MSE_AVX_VNNI
-const Kernel avx_vnni = {scratch, run<Avx2>};
+const Kernel avx_vnni = {scratch, prepare, run<Avx2>};
 #else
-const Kernel avx2 = {scratch, run<Avx2>};
+const Kernel avx2 = {scratch, prepare, run<Avx2>};
 #endif
 
 }  // namespace mse_ggml

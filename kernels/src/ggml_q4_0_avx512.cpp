@@ -48,6 +48,6 @@ struct Avx512 {
 
 }  // namespace
 
-const Kernel avx512_vnni = {scratch, run<Avx512>};
+const Kernel avx512_vnni = {scratch, prepare, run<Avx512>};
 
 }  // namespace mse_ggml

@@ -55,7 +55,7 @@ def fillers(n: int) -> int:
     """How many entries more make a pass of n cheaper where the weights are repacked.
 
     llama.cpp multiplies them with four rows at a time, what is left with single ones that cost half
-    as much as four, and has a faster way for 16 (see `--positions` of bench/overhead.py).
+    as much as four, and has a faster way for 16.
     """
     if n % 16 > 12:
         return -n % 16

@@ -19,12 +19,13 @@ from typing import Any
 from mse_runtime.backbone.reports import redirect_log
 from mse_runtime.errors import BackboneError
 
-__all__ = ["Device", "build_id", "devices", "folder", "load", "mapped_types"]
+__all__ = ["Device", "build_id", "devices", "folder", "kernel", "load", "mapped_types"]
 
 _PACKAGE = "llama_cpp"
 _SPINS = 8000  # some hundred microseconds
 _lock = threading.Lock()
 _library: Any = None
+_kernel: str | None = None
 _mapped: tuple[str, ...] = ()
 
 
@@ -116,7 +117,7 @@ def _patience() -> Iterator[None]:
 @contextmanager
 def _faster_products(where: Path) -> Iterator[None]:
     """Around the loading of llama.cpp: our products of weights, where there are any."""
-    global _mapped
+    global _kernel, _mapped
     try:
         from mse_kernels import ggml, mapped
     except ImportError:  # the kernels are optional
@@ -128,7 +129,15 @@ def _faster_products(where: Path) -> Iterator[None]:
         return
     ggml.preload()
     yield
-    _mapped = mapped.settle(where)
+    _kernel = mapped.settle(where)
+    if _kernel:
+        _mapped = mapped.types_of(_kernel, where)
+
+
+def kernel() -> str | None:
+    """The kernel of ours that multiplies mapped weights; None: llama.cpp's own. Loads llama.cpp."""
+    load()
+    return _kernel
 
 
 def mapped_types() -> tuple[str, ...]:

@@ -304,8 +304,9 @@ def _describe(
 
 
 def _product(gguf: Gguf, extra: bool, offloaded: int) -> str:
-    """Whose product multiplies the weights on the CPU: `mse_kernels, mapped` or `llama.cpp`."""
+    """Whose product multiplies the weights on the CPU: `mse_kernels, KERNEL` or `llama.cpp`."""
     if extra or offloaded > gguf.n_layer:
         return "llama.cpp"
     types = {info.type for name, info in gguf.tensors.items() if name != "token_embd.weight"}
-    return "mse_kernels, mapped" if types & set(library.mapped_types()) else "llama.cpp"
+    ours = types & set(library.mapped_types())
+    return f"mse_kernels, {library.kernel()}" if ours else "llama.cpp"
