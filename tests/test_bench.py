@@ -187,5 +187,5 @@ def test_report_names_every_bench(bench: dict[str, ModuleType]) -> None:
     steps = bench["report"].steps(("tiny", "qwen-1.8b", "llama2-7b"), False, 60)
     scripts = {step.script for step in steps}
     assert scripts == {"latency.py", "memory.py", "throughput.py", "neighbour.py", "slopes.py",
-                       "features.py", "adapter.py"}  # fmt: skip
+                       "layouts.py", "features.py", "adapter.py"}  # fmt: skip
     assert all((BENCH / script).exists() for script in scripts)
