@@ -33,7 +33,7 @@ heap.collect_late()
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 from mse_runtime import cli
 bundle, clip, text, low, threads = sys.argv[1:]
-how = {"low_memory": low == "1", "plot": None}
+how = {"low_memory": low == "1", "plot": None, "verbose": False}
 with cli._reader(how) as pool:
     from mse_runtime.analyzer import Analyzer
     how = {"low_memory": how["low_memory"], "threads": int(threads) or None}

@@ -132,6 +132,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     out = folder / "records.jsonl"
     for script, options in (
         ("latency.py", ["--peers", "", "--no-cold"]),
+        ("memory.py", ["--peers", ""]),
         ("neighbour.py", []),
     ):
         subprocess.run(
@@ -171,7 +172,7 @@ def test_report_from_records(
     bench: dict[str, ModuleType], records: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     pictures = bench["plots"].draw(records, tmp_path / "plots")
-    assert [path.name for _, path in pictures] == ["stages.svg"]
+    assert {path.name for _, path in pictures} == {"stages.svg", "memory.svg"}
     note = bench["common"].note("memory", "VRAM: not run on a GPU", shape="tiny")
     page = bench["write_report"].report([*records, note], pictures, tmp_path, tmp_path / "r.jsonl")
     assert "tiny f16" in page
