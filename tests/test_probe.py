@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from make_fixtures import toy_gguf
@@ -114,9 +116,15 @@ def test_the_backbone_falls_back_and_says_so(
         assert any("SIGILL" in warning for warning in backbone.info["warnings"])
         assert not any("REPACK" in name for name in backbone.info["buffers_mib"])
         slow = backbone.prefill([1, 2, 3])
-    with Backbone.open(path, threads=1, extra_bufts=True) as backbone:
-        assert backbone.info["warnings"] == []
-        assert abs(backbone.prefill([1, 2, 3]) - slow).max() < 0.05 * abs(slow).max()
+
+    def fast() -> Any:
+        with Backbone.open(path, threads=1, extra_bufts=True) as backbone:
+            assert backbone.info["warnings"] == []
+            return backbone.prefill([1, 2, 3])
+
+    # llama.cpp configures AMX tiles once for each thread, and torch has left others on this one.
+    with ThreadPoolExecutor(1) as pool:
+        assert abs(pool.submit(fast).result() - slow).max() < 0.05 * abs(slow).max()
 
 
 def test_nothing_is_probed_where_nothing_is_repacked(
