@@ -238,6 +238,7 @@ def test_a_tree_of_several_passes_may_end_in_the_last_cell(
             found = backbone.prefill_tree([1], nodes, nodes - 1, nodes % 2 == 0)
             assert np.isfinite(found).all()
             backbone.truncate(0, 190)
+    assert filled
 
 
 # Which weights are repacked at all

@@ -144,6 +144,32 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(kernel: str, name: str) -> 
 
 
 @every_case
+def test_threads_that_share_a_product_do_all_of_it(kernel: str, name: str) -> None:
+    """At once, as llama.cpp's: whoever comes late may find nothing left."""
+    weights, (rows, _) = random_weights(name, 16 * 37, 3, 0), random_rows(name, 20, 3, 0)
+    expected = ours(kernel, name, weights, rows)
+    number, _, size, (rows_number, _, rows_size) = mapped.TYPES[name]
+    blocks, function = weights.shape[1] // size, mapped.ours()
+    out = np.empty_like(expected)
+
+    def share(thread: int) -> bool:
+        params = mapped._Params(thread, 3)
+        return bool(
+            function(
+                ctypes.addressof(params), len(weights), len(rows), blocks, weights.ctypes.data,
+                blocks, rows.ctypes.data, rows.shape[1] // rows_size, out.ctypes.data,
+                len(weights), number, rows_number, 0,
+            )
+        )  # fmt: skip
+
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(50):  # the same place for the result each time
+            out[:] = np.nan
+            assert all(pool.map(share, range(3)))
+            assert np.array_equal(out, expected)
+
+
+@every_case
 def test_nothing_is_read_beyond_weights_and_rows(kernel: str, name: str) -> None:
     """The last byte is the last one of a page, and the next page may not be read."""
     weights, (rows, values) = random_weights(name, 32, 3, 1), random_rows(name, 17, 3, 1)

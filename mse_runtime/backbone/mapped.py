@@ -1,8 +1,8 @@
 """A file whose weights are copied while it is mapped: pages that were copied are given back.
 
-llama.cpp repacks straight from the mapping, which spares a second copy and the clearing of its
-memory: 1.8B opens in half the time (bench/latency.py, "loading alone"). But what it has touched
-stays resident, so the peak would be the file and its copy.
+Where llama.cpp repacks weights it does so straight from the mapping, which spares a second copy and
+the clearing of its memory. But what it has touched stays resident, so the peak would be the file
+and its copy.
 """
 
 from __future__ import annotations
