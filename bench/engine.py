@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from bundles import TEXT, Pair, features
 
-from mse_kernels import mapped
+from mse_kernels import attention, mapped
 from mse_runtime.analyzer import Analyzer
 from mse_runtime.backbone import Backbone, library
 from mse_runtime.bundle import load_bundle
@@ -32,13 +32,15 @@ Ids = np.ndarray[Any, np.dtype[np.int32]]
 
 @contextmanager
 def llama_cpp_alone() -> Iterator[None]:
-    """llama.cpp's own products of weights, where ours stand in for them."""
-    folder, kernel = library.folder(), library.kernel()
+    """llama.cpp's own products of weights and attention, where ours stand in for them."""
+    folder = library.folder()
     mapped.use(None, folder)
+    attention.use(None, folder)
     try:
         yield
     finally:
-        mapped.use(kernel, folder)
+        mapped.use(library.kernel(), folder)
+        attention.use(library.attention(), folder)
 
 
 class Engine:
@@ -188,7 +190,7 @@ def llama_cpp_layout(backbone: Backbone) -> Iterator[Backbone]:
 
 
 class Raw:
-    """llama.cpp alone: its own layout and product of weights, the C API with nothing in between."""
+    """llama.cpp alone: its own layout, products and attention, nothing around the C API."""
 
     def __init__(self, backbone: Backbone, n_ctx: int | None = None) -> None:
         self.lib = lib = library.load()

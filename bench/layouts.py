@@ -1,11 +1,13 @@
-"""Weights as the file has them, by each of our kernels, and in llama.cpp's own layout, in turns.
+"""Weights as the file has them, by each of our kernels, and in llama.cpp's own layout, in turns;
+and our attention beside llama.cpp's.
 
     python bench/layouts.py --shapes qwen-1.8b [--quants q4_0] [--quick] [--out F.jsonl]
 
 Opening a model in a process that has llama.cpp loaded, and passes of 1 to 110 positions after 60
 others. The kernels are all that this processor runs, the best one first. "llama.cpp" is its own
-products with the layout that it chooses for this processor (a remark names it), as the floor of
-bench/latency.py: beside it stand kernels that a processor would run which has less.
+products and attention with the layout that it chooses for this processor (a remark names it), as
+the floor of bench/latency.py: beside it stand kernels that a processor would run which has less.
+"llama.cpp's attention": that one with the best of our products.
 """
 
 from __future__ import annotations
@@ -18,11 +20,11 @@ import numpy as np
 from bundles import Pair, make
 from common import Writer, machine, note, parse, parser, ratio, timed, timing, turns
 
-from mse_kernels import ggml, mapped
+from mse_kernels import attention, ggml, mapped
 from mse_runtime.backbone import Backbone, library
 
 BEFORE, PASSES = 60, (1, 13, 41, 110)
-THEIRS = "llama.cpp"
+THEIRS, THEIR_ATTENTION = "llama.cpp", "llama.cpp's attention"
 
 
 def opened(pair: Pair, threads: int | None, kernel: str | None) -> Backbone:
@@ -33,8 +35,9 @@ def opening(pair: Pair, threads: int | None, kernel: str | None) -> float:
     return timed(lambda: opened(pair, threads, kernel).close())
 
 
-def one_pass(backbone: Backbone, kernel: str | None, n: int) -> float:
+def one_pass(backbone: Backbone, kernel: str | None, n: int, attend: bool = True) -> float:
     mapped.use(kernel, library.folder())
+    attention.use(library.attention() if kernel and attend else None, library.folder())
     backbone.truncate(0, BEFORE)
     rows = backbone.embed(np.arange(n) * 37 % backbone.n_vocab)
     return timed(lambda: backbone.prefill(rows, logits="none"))
@@ -59,15 +62,21 @@ def compare(pair: Pair, args: argparse.Namespace, write: Writer) -> None:
         for n in PASSES:
             for kernel in ours:
                 cases[f"{n} positions, {kernel}"] = partial(one_pass, one, kernel, n)
+            if library.attention() and n > 1:
+                cases[f"{n} positions, {THEIR_ATTENTION}"] = partial(
+                    one_pass, one, ours[0], n, False
+                )
             cases[f"{n} positions, {THEIRS}"] = partial(one_pass, other, None, n)
         samples = turns(cases, repeat=args.repeat, seconds=args.seconds)
     mapped.use(library.kernel(), library.folder())
+    attention.use(library.attention(), library.folder())
     for case, found in samples.items():
         write(timing("layouts", case, found, **about))
         what, _, by = case.partition(", ")
-        if by != THEIRS:
-            case = f"{case} / {THEIRS}"
-            write(ratio("layouts", case, found, samples[f"{what}, {THEIRS}"], **about))
+        others = [THEIRS, *([THEIR_ATTENTION] if by == ours[0] else [])]
+        for other_by in others if by in (*ours, "mapped") else ():
+            if (case_of := f"{what}, {other_by}") in samples:
+                write(ratio("layouts", f"{case} / {other_by}", found, samples[case_of], **about))
 
 
 def main() -> None:

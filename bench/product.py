@@ -20,12 +20,10 @@ from mse_runtime.backbone import library
 
 def seconds(name: str, kernel: str | None, weights: Any, rows: Any) -> float | None:
     """One product by `kernel`, None llama.cpp's; None where it has none of this type."""
-    folder = library.folder()
-    mapped.use(kernel, folder)
-    function = mapped.ours() if kernel else mapped.theirs(folder)
+    mapped.use(kernel, library.folder())
     begun = time.perf_counter()
     try:
-        mapped.product(function, name, weights, rows)
+        mapped.product(mapped.ours(), name, weights, rows)
     except ValueError:
         return None
     return time.perf_counter() - begun

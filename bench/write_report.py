@@ -27,7 +27,7 @@ one turn each, so other load on the machine hits both sides alike: where a row i
 ratios. "Answer" is from features and text to the distribution over 61 numbers (MOSEI). The PyTorch
 peer is the published way: transformers, `inputs_embeds`, the adapter in torch, `generate`; its
 Qwen-1.8B is transformers' Qwen 2 in the same shape. "llama.cpp alone" and "raw llama.cpp" are
-llama.cpp with its own products of weights and its own layout of them, where the runtime has
+llama.cpp with its own products of weights, layout of them and attention, where the runtime has
 others (kernels/README.md), which is why an answer can take less than that floor.
 All records, samples included: `{source}`.
 """

@@ -152,6 +152,8 @@ def llama_cpp() -> Iterator[Finding]:
     types = ", ".join(library.mapped_types())
     by = f"by mse_kernels, {library.kernel()}: {types}" if types else "by llama.cpp"
     yield Finding("product of mapped weights", "ok", by)
+    kernel = library.attention()
+    yield Finding("attention", "ok", f"by mse_kernels, {kernel}" if kernel else "by llama.cpp")
     kinds = [f"{device.kind} {device.description}" for device in library.devices()]
     yield Finding("devices", "ok", "; ".join(kinds) or "the CPU")
     if not bindings.llama_supports_gpu_offload() and _has_gpu():

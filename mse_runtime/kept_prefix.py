@@ -34,8 +34,8 @@ __all__ = ["restore", "store"]
 FOLDER, KEEP = "prefixes", 4
 # What of `Backbone.info` decides how sums round.
 SETTINGS = (
-    "build", "device", "offloaded_layers", "threads", "extra_bufts", "product", "kv_type",
-    "rope_table",
+    "build", "device", "offloaded_layers", "threads", "extra_bufts", "product", "attention",
+    "kv_type", "rope_table",
 )  # fmt: skip
 
 

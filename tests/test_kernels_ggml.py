@@ -23,6 +23,10 @@ UNITS = {
     "ggml_q4_0_avx2 ": (*AVX2, "-mavxvnni", "-DMSE_AVX_VNNI"),
     "ggml_q4_0_avx512": (*AVX2, *AVX512),
     "ggml_mapped_amx": (*AVX2, *AVX512),
+    "ggml_attention": (),
+    "ggml_attention_avx2": AVX2,
+    "ggml_attention_avx512": (*AVX2, *AVX512),
+    "ggml_threads": (),
     "tap": (),
     "reports": (),
 }
@@ -61,7 +65,7 @@ def test_without_the_instructions_or_llama_cpp_nothing_stands_in(
     # Without llama.cpp there the runtime does not even load ours.
     code = (
         "from mse_runtime.backbone import library\n"
-        f"with library._faster_products(library.Path({str(tmp_path)!r})): pass\n"
+        f"with library._faster_functions(library.Path({str(tmp_path)!r})): pass\n"
         "print(library._kernel, 'mse_ggml' in open('/proc/self/maps').read())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

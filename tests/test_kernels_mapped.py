@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from make_fixtures import toy_gguf
 from numpy.typing import NDArray
 
-from mse_kernels import ggml, mapped
+from mse_kernels import ggml, mapped, theirs
 from mse_runtime.backbone import Backbone, library
 from mse_runtime.backbone.file_checks import repacking_pays
 from mse_runtime.gguf import Gguf
@@ -229,7 +229,7 @@ def test_another_product_is_left_to_llama_cpp(monkeypatch: pytest.MonkeyPatch) -
         assert real(FOLDER, "Q4_0") is not None
         assert mapped.calls() == before
     with monkeypatch.context() as patch:  # tensors that are laid out in another way
-        patch.setattr(mapped, "_source", lambda _: -1)
+        patch.setattr(theirs, "knows_tensors", lambda _: False)
         assert mapped.settle(FOLDER) == BEST
         assert set(mapped.types_of(KERNELS[0], FOLDER)) <= set(mapped._PLAIN)
     assert mapped.settle(FOLDER) == BEST
@@ -257,9 +257,9 @@ def test_a_model_of_several_types(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert backbone.info["product"] == f"mse_kernels, {BEST}"
         assert backbone.info["mapped"]
         found, counts = [], []
-        real = mapped._source
-        for kernel, source in (("amx", real), ("amx", lambda _: -1), (None, real)):
-            monkeypatch.setattr(mapped, "_source", source)
+        real = theirs.knows_tensors
+        for kernel, knows in (("amx", real), ("amx", lambda _: False), (None, real)):
+            monkeypatch.setattr(theirs, "knows_tensors", knows)
             mapped.use(kernel, FOLDER)
             before = mapped.calls()
             backbone.clear()

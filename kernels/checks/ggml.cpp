@@ -1,4 +1,4 @@
-// What llama.cpp calls (src/ggml_mapped.cpp, src/tap.cpp, src/reports.cpp) under the
+// What llama.cpp calls (src/ggml_mapped.cpp, src/ggml_attention.cpp, src/tap.cpp, src/reports.cpp) under the
 // sanitizers: buffers of exactly the size that is needed, random shapes.
 //
 //   ggml ROUNDS SEED KERNEL...
@@ -12,13 +12,17 @@
 #include <vector>
 
 #include "../src/abi.h"
+#include "../src/ggml_tensor.h"
 
 extern "C" bool llamafile_sgemm(const void *params, int64_t m, int64_t n, int64_t k, const void *A,
                                 int64_t lda, const void *B, int64_t ldb, void *C, int64_t ldc,
                                 int a_type, int b_type, int c_type);
 extern "C" uint64_t mse_mapped_calls(void);
 extern "C" int32_t mse_mapped_has(int32_t kernel);
-extern "C" void mse_mapped_use(void *original, void *original_tiled, int32_t kernel, int64_t offset);
+extern "C" void mse_mapped_use(void *original, void *original_tiled, int32_t kernel, int32_t tensors);
+extern "C" void ggml_compute_forward_flash_attn_ext(const void *params, mse_ggml::Tensor *result);
+extern "C" void mse_attention_use(void *original, int32_t kernel);
+extern "C" uint64_t mse_attention_calls(void);
 
 static std::mt19937 random_bits;
 
@@ -51,6 +55,49 @@ static bool mapped(bool all) {
   for (size_t i = 0; i < out[0].size(); i++)
     if (out[0][i] != out[1][i] || (out[0][i] == untouched) != (static_cast<int>(i % stride) >= columns))
       return printf("type %d: place %zu\n", type[0], i), false;
+  return true;
+}
+
+// A tensor of `bytes` for each value and these sizes, in `data`.
+static mse_ggml::Tensor tensor(int type, size_t bytes, int64_t a, int64_t b, int64_t c, std::vector<uint8_t> *data) {
+  mse_ggml::Tensor made = {};
+  made.type = type;
+  const int64_t sizes[] = {a, b, c, 1};
+  for (int i = 0; i < 4; i++) {
+    made.size[i] = sizes[i];
+    made.stride[i] = i ? made.stride[i - 1] * sizes[i - 1] : bytes;
+  }
+  data->resize(made.stride[3]);
+  for (auto &byte : *data) byte = static_cast<uint8_t>(random_bits()) & 0x3f;
+  made.data = data->data();
+  return made;
+}
+
+// One share against three.
+static bool attention() {
+  const int group = 1 + below(3), of = 1 + below(3), depth = 32 * (1 + below(4));
+  const int rows = 2 + below(70), keys = 8 * (1 + below(20));
+  std::vector<uint8_t> data[5], before;
+  mse_ggml::Tensor q = tensor(0, 4, depth, rows, group * of, data), k = tensor(1, 2, depth, keys, of, data + 1);
+  mse_ggml::Tensor v = tensor(1, 2, depth, keys, of, data + 2), mask = tensor(1, 2, keys, rows, 1, data + 3);
+  auto *hidden = reinterpret_cast<uint16_t *>(data[3].data());
+  for (int i = 0; i < keys * rows; i++)
+    if (below(3)) hidden[i] = 0xfc00;
+  for (int threads : {1, 3}) {
+    mse_ggml::Tensor result = tensor(0, 4, depth, group * of, rows, data + 4);
+    mse_ggml::Tensor *sources[] = {&q, &k, &v, &mask};
+    std::copy(sources, sources + 4, result.source);
+    const float scale = 0.125f;
+    memcpy(result.parameters, &scale, sizeof scale);
+    const uint64_t count = mse_attention_calls();
+    for (int thread = 0; thread < threads; thread++) {
+      const int params[] = {thread, threads};
+      ggml_compute_forward_flash_attn_ext(params, &result);
+    }
+    if (mse_attention_calls() != count + threads) return printf("attention is not ours\n"), false;
+    if (threads > 1 && before != data[4]) return printf("attention of %d rows, %d keys\n", rows, keys), false;
+    before = data[4];
+  }
   return true;
 }
 
@@ -103,10 +150,12 @@ int main(int argc, char **argv) {
   for (int k = 3; k < argc; k++) {
     const int kernel = atoi(argv[k]);
     if (!mse_mapped_has(kernel)) return printf("no kernel %d\n", kernel), 1;
-    mse_mapped_use(nullptr, nullptr, kernel, 0);
-    for (int i = 0; i < rounds; i++)
-      if (!mapped(kernel == kAmx) || !tap() || !reports())
+    mse_mapped_use(nullptr, nullptr, kernel, 1);
+    for (int i = 0; i < rounds; i++) {
+      mse_attention_use(nullptr, kernel > 2 && i % 2 ? 2 : 1);  // AVX-512 where the products have it
+      if (!mapped(kernel == kAmx) || !attention() || !tap() || !reports())
         return printf("kernel %d, round %d\n", kernel, i), 1;
+    }
   }
   printf("%d products\n", static_cast<int>(mse_mapped_calls()));
   return 0;

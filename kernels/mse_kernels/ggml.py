@@ -46,10 +46,11 @@ def preload() -> Any:
             lib = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         except (OSError, AttributeError):
             return None
-        lib.mse_mapped_use.argtypes = [
-            ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
-        ]  # fmt: skip
-        lib.mse_mapped_use.restype, lib.mse_mapped_calls.restype = None, ctypes.c_uint64
+        pointer, number = ctypes.c_void_p, ctypes.c_int32
+        lib.mse_mapped_use.argtypes = [pointer, pointer, number, number]
+        lib.mse_attention_use.argtypes = [pointer, number]
+        lib.mse_mapped_use.restype = lib.mse_attention_use.restype = None
+        lib.mse_mapped_calls.restype = lib.mse_attention_calls.restype = ctypes.c_uint64
         return lib
     return None
 

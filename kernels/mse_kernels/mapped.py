@@ -10,14 +10,13 @@ not, llama.cpp multiplies.
 from __future__ import annotations
 
 import ctypes
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mse_kernels import ggml
+from mse_kernels import ggml, theirs
 from mse_kernels.samples import between, whole
 
 __all__ = [
@@ -28,7 +27,6 @@ __all__ = [
     "product",
     "sample",
     "settle",
-    "theirs",
     "types_of",
     "use",
 ]
@@ -53,22 +51,10 @@ _SCALES = {144: (0, 2), 176: (0, 2), 210: (208,)}  # where blocks of so many byt
 _PLAIN = ("Q4_0", "Q5_0", "Q8_0")
 
 
-_libraries: dict[tuple[Path, str], Any] = {}
-
-
 class _Params(ctypes.Structure):
     """The beginning of `ggml_compute_params`."""
 
     _fields_ = (("thread", ctypes.c_int), ("threads", ctypes.c_int), ("rest", ctypes.c_int64 * 6))
-
-
-def theirs(folder: Path, symbol: str = SYMBOL) -> Any:
-    """llama.cpp's own function in the library it has loaded from `folder`; None without one."""
-    lib = _loaded(folder, "cpu")
-    try:
-        return lib and _SGEMM((symbol, lib))
-    except AttributeError:
-        return None
 
 
 def settle(folder: Path) -> str | None:
@@ -88,13 +74,13 @@ def _agrees(kernel: str, folder: Path) -> bool:
     """Afterwards it multiplies, if it agrees with llama.cpp's own."""
     for name in types_of(kernel, folder):
         use(None, folder)
-        theirs = graph_product(folder, name)
+        expected = graph_product(folder, name)
         use(kernel, folder)
         before = calls()
         found = graph_product(folder, name)
-        if theirs is None or found is None or calls() == before:
+        if expected is None or found is None or calls() == before:
             return False
-        if not np.abs(found - theirs).max() <= 1e-4 * np.abs(theirs).max():
+        if not np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max():
             return False
     return True
 
@@ -105,7 +91,7 @@ def types_of(kernel: str, folder: Path) -> tuple[str, ...]:
     """
     if kernel != "amx":
         return ("Q4_0",)
-    return tuple(TYPES) if _source(folder) >= 0 else _PLAIN
+    return tuple(TYPES) if theirs.knows_tensors(folder) else _PLAIN
 
 
 def use(kernel: str | None, folder: Path) -> None:
@@ -113,12 +99,9 @@ def use(kernel: str | None, folder: Path) -> None:
     lib = ggml.preload()
     if lib is None:
         return
-    plain, tiled = (
-        ctypes.cast(f, ctypes.c_void_p) if f else None
-        for f in (theirs(folder), theirs(folder, TILED))
-    )
-    number, offset = (ggml.KERNELS[kernel][0], _source(folder)) if kernel else (0, -1)
-    lib.mse_mapped_use(plain, tiled, number, offset)
+    plain, tiled = theirs.function(folder, SYMBOL), theirs.function(folder, TILED)
+    number = ggml.KERNELS[kernel][0] if kernel else 0
+    lib.mse_mapped_use(plain, tiled, number, number and theirs.knows_tensors(folder))
 
 
 def calls() -> int:
@@ -169,94 +152,18 @@ def sample(
     return made[0], made[1]
 
 
-def _loaded(folder: Path, name: str) -> Any:
-    """ggml's library of that name, as llama.cpp has loaded it from `folder`; None without one."""
-    if (folder, name) not in _libraries:
-        for path in sorted(folder.glob(f"libggml-{name}*.so*")):
-            try:
-                lib = ctypes.CDLL(str(path), mode=os.RTLD_LAZY | os.RTLD_NOLOAD)
-            except OSError:  # the same under another name
-                continue
-            _libraries[folder, name] = lib
-            break
-    return _libraries.get((folder, name))
-
-
 def graph_product(folder: Path, name: str) -> NDArray[np.float32] | None:
     """A product [20, 32] that llama.cpp computes, of weights of a type; None where it cannot.
 
     Two strips of columns, a tile of rows and a part of one, in more depth than is unpacked at once.
     """
-    base, cpu = _functions(folder)
-    if base is None:
-        return None
     columns, rows, depth = 32, 20, 19 * 32 if name in _PLAIN else 3 * 256
     weights = sample(name, columns, rows, depth)[0]
     values = between((rows, depth), -1.0, 1.0, 2).astype(np.float32)
-    context = base.ggml_init(_InitParams(1 << 20, None, False))
-    if not context:
-        return None
-    try:
-        w = base.ggml_new_tensor_2d(context, TYPES[name][0], depth, columns)
-        x = base.ggml_new_tensor_2d(context, 0, depth, rows)
-        for tensor, array in ((w, weights), (x, values)):
-            ctypes.memmove(base.ggml_get_data(tensor), array.ctypes.data, array.nbytes)
-        result, graph = base.ggml_mul_mat(context, w, x), base.ggml_new_graph(context)
-        base.ggml_build_forward_expand(graph, result)
-        if cpu.ggml_graph_compute_with_ctx(context, graph, 1):
+    with theirs.graph(folder) as g:
+        if g is None:
             return None
-        out = np.empty((rows, columns), np.float32)
-        ctypes.memmove(out.ctypes.data, base.ggml_get_data(result), out.nbytes)
-        return out
-    finally:
-        base.ggml_free(context)
-
-
-def _source(folder: Path) -> int:
-    """Where a ggml_tensor keeps its first source; -1 where it is not laid out as we read it."""
-    base, _ = _functions(folder)
-    context = base.ggml_init(_InitParams(1 << 16, None, True)) if base else None
-    if not context:
-        return -1
-    try:
-        kind = TYPES["Q4_K"][0]
-        weights = base.ggml_new_tensor_2d(context, kind, 256, 48)
-        result = base.ggml_mul_mat(context, weights, base.ggml_new_tensor_2d(context, 0, 256, 5))
-        words = (ctypes.c_uint64 * 40).from_address(result)
-        sizes = (ctypes.c_int64 * 4).from_address(weights)
-        places = [8 * i for i, word in enumerate(words) if word == weights]
-        known = ctypes.c_int.from_address(weights).value == kind and sizes[2:] == [256, 48]
-        return places[0] if len(places) == 1 and known else -1
-    finally:
-        base.ggml_free(context)
-
-
-def _functions(folder: Path) -> tuple[Any, Any]:
-    """ggml's libraries with the functions used here declared; (None, None) where one is missing."""
-    base, cpu = _loaded(folder, "base"), _loaded(folder, "cpu")
-    pointer, whole = ctypes.c_void_p, ctypes.c_int64
-    wanted = (
-        (base, "ggml_init", pointer, [_InitParams]),
-        (base, "ggml_free", None, [pointer]),
-        (base, "ggml_new_tensor_2d", pointer, [pointer, ctypes.c_int, whole, whole]),
-        (base, "ggml_mul_mat", pointer, [pointer] * 3),
-        (base, "ggml_get_data", pointer, [pointer]),
-        (base, "ggml_new_graph", pointer, [pointer]),
-        (base, "ggml_build_forward_expand", None, [pointer] * 2),
-        (cpu, "ggml_graph_compute_with_ctx", ctypes.c_int, [pointer, pointer, ctypes.c_int]),
-    )
-    try:
-        for library, name, result, arguments in wanted:
-            function = getattr(library, name)
-            function.restype, function.argtypes = result, arguments
-    except AttributeError:
-        return None, None
-    return base, cpu
-
-
-class _InitParams(ctypes.Structure):
-    """`ggml_init_params`."""
-
-    _fields_ = (
-        ("size", ctypes.c_size_t), ("buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)
-    )  # fmt: skip
+        w, x = g.tensor(TYPES[name][0], depth, columns), g.tensor(0, depth, rows)
+        g.fill(w, weights)
+        g.fill(x, values)
+        return g.compute(g.base.ggml_mul_mat(g.context, w, x), (rows, columns))

@@ -7,8 +7,6 @@
 
 namespace mse_ggml {
 
-constexpr int kSizes = 16;  // offset of a ggml_tensor's numbers of elements
-
 // ggml's numbers of types.
 enum Type : int {
   kF32 = 0, kQ4_0 = 2, kQ5_0 = 6, kQ8_0 = 8, kQ4_K = 12, kQ5_K = 13, kQ6_K = 14, kQ8_K = 15

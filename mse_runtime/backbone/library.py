@@ -19,13 +19,16 @@ from typing import Any
 from mse_runtime.backbone.reports import redirect_log
 from mse_runtime.errors import BackboneError
 
-__all__ = ["Device", "build_id", "devices", "folder", "kernel", "load", "mapped_types"]
+__all__ = [
+    "Device", "attention", "build_id", "devices", "folder", "kernel", "load", "mapped_types",
+]  # fmt: skip
 
 _PACKAGE = "llama_cpp"
 _SPINS = 8000  # some hundred microseconds
 _lock = threading.Lock()
 _library: Any = None
 _kernel: str | None = None
+_attention: str | None = None
 _mapped: tuple[str, ...] = ()
 
 
@@ -81,7 +84,7 @@ def load() -> Any:
         if _library is None:
             where = folder()
             try:
-                with _patience(), _faster_products(where):
+                with _patience(), _faster_functions(where):
                     lib = _import_bindings()
             except (ImportError, OSError, RuntimeError, AttributeError) as error:
                 raise BackboneError(
@@ -115,20 +118,21 @@ def _patience() -> Iterator[None]:
 
 
 @contextmanager
-def _faster_products(where: Path) -> Iterator[None]:
-    """Around the loading of llama.cpp: our products of weights, where there are any."""
-    global _kernel, _mapped
+def _faster_functions(where: Path) -> Iterator[None]:
+    """Around the loading of llama.cpp: our products and attention, where there are any."""
+    global _kernel, _mapped, _attention
     try:
-        from mse_kernels import ggml, mapped
+        from mse_kernels import attention, ggml, mapped, theirs
     except ImportError:  # the kernels are optional
         yield
         return
     # Loaded before us, its names are bound; and what is not there cannot be compared.
-    if mapped.theirs(where) is not None or not any(where.glob("libggml-cpu*.so*")):
+    if theirs.function(where, mapped.SYMBOL) is not None or not any(where.glob("libggml-cpu*.so*")):
         yield
         return
     ggml.preload()
     yield
+    _attention = attention.settle(where)
     _kernel = mapped.settle(where)
     if _kernel:
         _mapped = mapped.types_of(_kernel, where)
@@ -138,6 +142,12 @@ def kernel() -> str | None:
     """The kernel of ours that multiplies mapped weights; None: llama.cpp's own. Loads llama.cpp."""
     load()
     return _kernel
+
+
+def attention() -> str | None:
+    """The kernel of ours that computes attention; None: llama.cpp's own. Loads llama.cpp."""
+    load()
+    return _attention
 
 
 def mapped_types() -> tuple[str, ...]:

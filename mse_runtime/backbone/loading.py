@@ -298,15 +298,18 @@ def _describe(
         "extra_bufts": extra,
         "repacked": repacked,
         "product": _product(gguf, extra, offloaded),
+        "attention": _by(library.attention() if offloaded < gguf.n_layer else None),
         "buffers_mib": buffers,
         "warnings": warnings,
     }
 
 
 def _product(gguf: Gguf, extra: bool, offloaded: int) -> str:
-    """Whose product multiplies the weights on the CPU: `mse_kernels, KERNEL` or `llama.cpp`."""
-    if extra or offloaded > gguf.n_layer:
-        return "llama.cpp"
+    """Whose product multiplies the weights on the CPU."""
     types = {info.type for name, info in gguf.tensors.items() if name != "token_embd.weight"}
-    ours = types & set(library.mapped_types())
-    return f"mse_kernels, {library.kernel()}" if ours else "llama.cpp"
+    ours = not extra and offloaded <= gguf.n_layer and types & set(library.mapped_types())
+    return _by(library.kernel() if ours else None)
+
+
+def _by(kernel: str | None) -> str:
+    return f"mse_kernels, {kernel}" if kernel else "llama.cpp"
