@@ -47,7 +47,7 @@ heap.collect_late()
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import mse_runtime.cli
 from mse_runtime.analyzer import Analyzer
-analyzer = Analyzer.open(sys.argv[1], threads=int(sys.argv[2]) or None)
+analyzer = Analyzer.open(sys.argv[1], threads=int(sys.argv[2]) or None, texts=sys.argv[3:])
 analyzer._backbone.result()
 print(json.dumps({"load": analyzer._load_seconds}), flush=True)
 os._exit(0)
@@ -207,7 +207,7 @@ def cold(pair: Pair, args: argparse.Namespace, write: Writer) -> None:
 
         def loading() -> float:
             machine_ready(pair.pseudo_last)
-            return run(str(pair.pseudo_last), threads, code=LOAD)[0]
+            return run(str(pair.pseudo_last), threads, TEXT, code=LOAD)[0]
 
         cases = {
             "process, clip to answer, nothing kept": forgetful,

@@ -70,6 +70,7 @@ class Analyzer(Loaded):
         adapter: str = "auto",
         require_gpu: bool = False,
         offline: bool = False,
+        texts: Sequence[str] = (),
         pool: FeaturePool | None = None,
     ) -> Analyzer:
         """Open a bundle by built-in name, folder or `org/repo[@revision]`.
@@ -77,7 +78,9 @@ class Analyzer(Loaded):
         `threads`: None means the physical cores, or one for a small model. `n_gpu_layers`: None
         lets the memory plan choose. `low_memory` keeps the weights as the mapped file (slower
         where they would be repacked). `adapter` names a backend of `mse_runtime.adapter`.
-        `require_gpu` refuses to run without one. `offline` never uses the network. `pool`: whose
+        `require_gpu` refuses to run without one. `offline` never uses the network. `texts`: the
+        transcripts, if they are few and known: of a large vocabulary only what they and the
+        bundle's prompts need is loaded, and the rest when another comes. `pool`: whose
         processes read the clips; None reads them in threads of this one. The caller closes it.
         """
         if not isinstance(bundle, Bundle):
@@ -90,6 +93,7 @@ class Analyzer(Loaded):
             low_memory=low_memory,
             adapter=adapter,
             require_gpu=require_gpu,
+            texts=texts,
             pool=pool,
         )
 
@@ -230,6 +234,8 @@ class Analyzer(Loaded):
             room = len(prompt) + max(len(trie.tokens) + 1, task.max_new_tokens)
             backbone.reserve(room, trie.n_paths + 1)
             try:
+                with watch.stage("prefill"):
+                    self._prefill_constant(backbone, prompt)
                 wait([features], NEARLY)
                 with watch.stage("prefill"):
                     pending = self._prefill_early(backbone, prompt, features)

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -254,7 +254,8 @@ def _answer(
         from mse_runtime.prompt import check_text
 
         check_text(text)
-        with _open(options, pool) as analyzer:
+        # What `--parity` generates takes the whole vocabulary.
+        with _open(options, pool, () if options["parity"] else (text,)) as analyzer:
             if options["plan"]:
                 _print_plan(analyzer.plan.rows(), "Memory plan", sys.stderr)
             common = {"task": options["task"], "parity": options["parity"]}
@@ -412,7 +413,9 @@ def _reader(options: dict[str, Any]) -> AbstractContextManager[FeaturePool | Non
     return pool
 
 
-def _open(options: dict[str, Any], pool: FeaturePool | None = None) -> Analyzer:
+def _open(
+    options: dict[str, Any], pool: FeaturePool | None = None, texts: Sequence[str] = ()
+) -> Analyzer:
     from mse_runtime.analyzer import Analyzer
 
     return Analyzer.open(
@@ -423,6 +426,7 @@ def _open(options: dict[str, Any], pool: FeaturePool | None = None) -> Analyzer:
         adapter=options["adapter"],
         require_gpu=options["require_gpu"],
         offline=options["offline"],
+        texts=texts,
         pool=pool,
     )
 

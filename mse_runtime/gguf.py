@@ -180,12 +180,24 @@ class Gguf:
         the new bytes, or ends the process by SIGBUS: such a file is refused before it is touched.
         """
         mapped = self._mapped()
+        self._check_same()
+        return np.frombuffer(mapped, np.uint8, info.size, info.offset)
+
+    def same_file(self) -> Path:
+        """A path to what was opened, though another file may have its name by now (Linux).
+
+        Raises BackboneError where it was written into meanwhile.
+        """
+        self._check_same()
+        assert self._file is not None
+        return Path(f"/proc/self/fd/{self._file.fileno()}")
+
+    def _check_same(self) -> None:
         if self._file is None or _stamp(self._file) != self._stamp:
             raise BackboneError(
                 f"{self.path} was changed while it was in use. Start again; to put another model "
                 "in its place, write it under another name and rename it."
             )
-        return np.frombuffer(mapped, np.uint8, info.size, info.offset)
 
     def close(self) -> None:
         """Unmap the file. Arrays handed out before are copies and stay valid."""
@@ -242,14 +254,49 @@ class Gguf:
         """
         if key not in self._arrays:
             raise BackboneError(f"{self.path} has no metadata array {key!r}.")
-        where, data = self._arrays[key], self._mapped()
+        where = self._arrays[key]
         if where.kind != STRING:
-            dtype = np.dtype(FORMATS[where.kind])
-            view = data[where.offset : where.offset + where.count * dtype.itemsize]
-            return list(np.frombuffer(view, dtype).tolist())
-        scan = Scan(data, self.path)
+            return list(self.numbers(key).tolist())
+        scan = Scan(self._mapped(), self.path)
         scan.at = where.offset
         return [scan.text(key) for _ in range(where.count)]
+
+    def numbers(self, key: str) -> npt.NDArray[Any]:
+        """A metadata array of numbers [n]. Raises BackboneError where there is none."""
+        where = self._arrays.get(key)
+        if where is None or where.kind == STRING:
+            raise BackboneError(f"{self.path} has no metadata array of numbers {key!r}.")
+        dtype = np.dtype(FORMATS[where.kind])
+        view = self._mapped()[where.offset : where.offset + where.count * dtype.itemsize]
+        return np.frombuffer(view, dtype)
+
+    def strings_within(
+        self,
+        key: str,
+        text: bytes,
+        *,
+        always: npt.NDArray[np.bool_] | None = None,
+        pairs: bool = False,
+    ) -> list[tuple[int, bytes]]:
+        """(number, string) of those strings of an array that occur in `text`, as
+        `mse_kernels.strings.find_strings` has it; some milliseconds for a large vocabulary.
+
+        Raises BackboneError where there is no such array, or no kernel library.
+        """
+        where = self._arrays.get(key)
+        found = None
+        if where is not None and where.kind == STRING:
+            try:
+                from mse_kernels.strings import find_strings
+
+                found = find_strings(
+                    self._mapped(), where.offset, where.count, text, always=always, pairs=pairs
+                )
+            except (ImportError, RuntimeError, AttributeError):  # no kernels, or older ones
+                found = None
+        if found is None:
+            raise BackboneError(f"{self.path}: the strings of {key!r} cannot be searched.")
+        return found
 
     def has_repeats(self, key: str) -> bool:
         """Whether an array of strings holds one twice, as C strings; empty ones don't count.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -19,7 +20,7 @@ from mse_runtime.bundle import Bundle
 from mse_runtime.errors import BackboneError, DeviceError
 from mse_runtime.memory import measured
 from mse_runtime.placement import Plan, check_gpu, open_planned
-from mse_runtime.readout import Readout
+from mse_runtime.readout import Readout, label_texts
 from mse_runtime.result import Stopwatch
 from mse_runtime.sizing import default_threads, make_plan, positions
 
@@ -47,6 +48,7 @@ class Loaded:
         low_memory: bool = False,
         adapter: str = "auto",
         require_gpu: bool = False,
+        texts: Sequence[str] = (),
         pool: FeaturePool | None = None,
     ) -> None:
         """Start loading `bundle` in the background; see `Analyzer.open` for the arguments."""
@@ -54,6 +56,7 @@ class Loaded:
         self.threads = threads
         self.low_memory = low_memory
         self._require_gpu = require_gpu
+        self._texts = [*_constant_texts(bundle), *texts] if texts else []
         self._pool = pool
         self._turn = threading.Lock()
         self._reading = threading.Event()  # from here on loading is not Python's work
@@ -156,6 +159,7 @@ class Loaded:
             n_ctx=positions(self.bundle),
             threads=self.threads or default_threads(self.bundle),
             low_memory=self.low_memory,
+            texts=self._texts,
             progress=lambda _: self._reading.set(),
         )
         if self._require_gpu:
@@ -171,3 +175,10 @@ class Loaded:
         from mse_runtime.adapter import open_adapter
 
         return open_adapter(self.bundle, backend=backend, threads=self.threads or 1)
+
+
+def _constant_texts(bundle: Bundle) -> Iterator[str]:
+    """What the bundle's own prompts and labels say."""
+    for task in bundle.tasks.values():
+        yield from (segment.text for segment in task.prompt if segment.text)
+        yield from label_texts(task)

@@ -52,6 +52,40 @@ def test_strings_are_skipped_as_in_plain_python(
         assert kernels.skip_strings(data, 4, count) is None
 
 
+@given(
+    st.lists(st.text("abé ", max_size=5) | st.text("a", max_size=90), max_size=40),
+    st.text("abé", max_size=30) | st.text("a", max_size=200),
+    st.integers(0, 30), st.integers(0, 99),
+)  # fmt: skip
+def test_strings_are_found_as_in_plain_python(
+    texts: list[str], within: str, cut: int, seed: int
+) -> None:
+    kernels = pytest.importorskip("mse_kernels.strings")
+    raw, text = [text.encode() for text in texts], within.encode()
+    always = np.random.default_rng(seed).random(len(raw)) < 0.2
+    data = b"head" + b"".join(struct.pack("<Q", len(one)) + one for one in raw)
+    find = kernels.find_strings
+    if cut and raw:
+        data = data[: max(4, len(data) - cut)]
+        assert find(data, 4, len(raw), text) is None
+        assert find(data, 4, len(raw), text, pairs=True) is None
+        return
+    expected = [(i, one) for i, one in enumerate(raw) if always[i] or (one and one in text)]
+    assert find(data, 4, len(raw), text, always=always) == expected
+    pairs = [(i, one, one.find(b" ", 1)) for i, one in enumerate(raw)]
+    joined = [(i, one) for i, one, at in pairs if at > 0 and one[:at] + one[at + 1 :] in text]
+    assert find(data, 4, len(raw), text, pairs=True) == joined
+    with pytest.raises(ValueError, match="flags"):
+        find(data, 4, len(raw), text, always=np.zeros(len(raw) + 1, np.bool_))
+
+
+def test_more_strings_are_found_than_there_is_room_for_at_first() -> None:
+    kernels = pytest.importorskip("mse_kernels.strings")
+    data = 10_000 * (struct.pack("<Q", 1) + b"a")
+    assert len(kernels.find_strings(data, 0, 10_000, b"ba")) == 10_000
+    assert kernels.find_strings(data, 0, 10_001, b"ba") is None
+
+
 @pytest.mark.parametrize("arch", ARCHES)
 def test_the_scan_agrees_with_the_reference_reader(tmp_path: Path, arch: str) -> None:
     path = toy_gguf(tmp_path / "m.gguf", arch, dtype="q4_0")

@@ -29,6 +29,7 @@ UNITS = {
     "ggml_threads": (),
     "tap": (),
     "reports": (),
+    "strings": (),
 }
 NAMES = ggml.kernels()
 pytestmark = pytest.mark.skipif(

@@ -1,4 +1,5 @@
-// What llama.cpp calls (src/ggml_mapped.cpp, src/ggml_attention.cpp, src/tap.cpp, src/reports.cpp) under the
+// What llama.cpp calls (src/ggml_mapped.cpp, src/ggml_attention.cpp, src/tap.cpp, src/reports.cpp), and the
+// search of its vocabularies (src/strings.cpp), under the
 // sanitizers: buffers of exactly the size that is needed, random shapes.
 //
 //   ggml ROUNDS SEED KERNEL...
@@ -143,6 +144,31 @@ static bool reports() {
   return found == std::min(n + 1, 600) && level == 4 && length == whole;
 }
 
+static bool strings() {
+  std::vector<uint8_t> data, text(below(300)), always;
+  const int count = below(60);
+  for (auto &byte : text) byte = static_cast<uint8_t>('a' + below(3));
+  for (int i = 0; i < count; i++) {
+    const uint64_t length = below(8) ? below(6) : below(120);
+    const auto *bytes = reinterpret_cast<const uint8_t *>(&length);
+    data.insert(data.end(), bytes, bytes + sizeof length);
+    for (uint64_t j = 0; j < length; j++) data.push_back(below(4) ? static_cast<uint8_t>('a' + below(3)) : ' ');
+    always.push_back(below(2));
+  }
+  const auto size = static_cast<int64_t>(data.size()) - (below(3) ? 0 : below(20));
+  if (size < 0) return true;
+  data.resize(size);
+  data.shrink_to_fit();
+  std::vector<int64_t> found(3 * (1 + below(count + 1)));
+  const auto room = static_cast<int64_t>(found.size() / 3);
+  for (int pairs : {0, 1}) {
+    const int64_t n = mse_find_strings(data.data(), 0, size, count, text.data(), text.size(),
+                                       below(2) ? always.data() : nullptr, pairs, found.data(), room);
+    if (n < -2 || n > room) return printf("strings: %d\n", static_cast<int>(n)), false;
+  }
+  return true;
+}
+
 int main(int argc, char **argv) {
   const int rounds = argc > 1 ? atoi(argv[1]) : 100;
   random_bits.seed(argc > 2 ? static_cast<unsigned>(atoi(argv[2])) : 0);
@@ -153,7 +179,7 @@ int main(int argc, char **argv) {
     mse_mapped_use(nullptr, nullptr, kernel, 1);
     for (int i = 0; i < rounds; i++) {
       mse_attention_use(nullptr, kernel > 2 && i % 2 ? 2 : 1);  // AVX-512 where the products have it
-      if (!mapped(kernel == kAmx) || !attention() || !tap() || !reports())
+      if (!mapped(kernel == kAmx) || !attention() || !tap() || !reports() || !strings())
         return printf("kernel %d, round %d\n", kernel, i), 1;
     }
   }

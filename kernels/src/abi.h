@@ -136,6 +136,12 @@ MSE_API bool mse_progress_step(float fraction, void *progress);
 // Where `count` strings end that begin at data[at], each its length in eight bytes (little-endian)
 // and as many bytes; -1 where they would not within `size`.
 MSE_API int64_t mse_skip_strings(const uint8_t *data, int64_t at, int64_t size, int64_t count);
+// Which of them occur in `text`, or have `always` [count] set (null: none). With `pairs` each is two
+// strings with a space between, which must occur one after the other. To found [room][3]: number, where
+// it begins, length. Returns how many there are; -1 as above, -2 where there is not the room.
+MSE_API int64_t mse_find_strings(const uint8_t *data, int64_t at, int64_t size, int64_t count,
+                                 const uint8_t *text, int64_t text_length, const uint8_t *always,
+                                 int32_t pairs, int64_t *found, int64_t room);
 
 #ifdef __cplusplus
 }

@@ -6,7 +6,7 @@ import ctypes
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from mse_runtime.backbone.head import make_tap
 from mse_runtime.backbone.mapped import STEP, CopiedPages
 from mse_runtime.backbone.reports import log_errors, log_lines, log_mark, progress_callback
 from mse_runtime.backbone.rotary import TABLES, RopeTable, Rounding
+from mse_runtime.backbone.vocabulary import Vocabulary, excerpt_for
 from mse_runtime.errors import BackboneError
 from mse_runtime.gguf import MAPPINGS, Gguf
 
@@ -97,7 +98,7 @@ class Handles:
     lib: Any
     model: Any
     context: Context
-    vocab: Any
+    vocabulary: Vocabulary
     info: dict[str, Any]
 
 
@@ -106,25 +107,39 @@ def _check_range(name: str, value: int, low: int, high: int) -> None:
         raise BackboneError(f"{name} must be a whole number in {low} .. {high}, not {value!r}.")
 
 
-def load_model(gguf: Gguf, options: Options, progress: Callable[[float], None] | None) -> Handles:
+def load_model(
+    gguf: Gguf,
+    options: Options,
+    progress: Callable[[float], None] | None,
+    texts: Sequence[str] = (),
+) -> Handles:
     """Load `gguf` and make a context for it; everything is freed again if a step fails.
 
+    texts: all that will be tokenised soon; of a large vocabulary only what they need is loaded.
     Raises BackboneError with llama.cpp's own last words.
     """
     check_file(gguf)
     lib = library.load()
     extra, probed, warnings = _extra_bufts(gguf, options)
+    part = excerpt_for(lib, gguf, texts)
     mark = log_mark()
-    model = _load_weights(lib, gguf, options, extra, progress, mark)
     try:
-        _check_model(lib, model, gguf)
-        context = make_context(lib, model, options)
+        model = _load_weights(lib, gguf, options, extra, part is None, progress, mark)
+        try:
+            _check_model(lib, model, gguf)
+            context = make_context(lib, model, options)
+        except BaseException:
+            free_model(lib, model)
+            raise
     except BaseException:
-        free_model(lib, model)
+        if part is not None:
+            part.close()
         raise
     info = _describe(lib, gguf, options, extra, warnings, log_lines(mark))
     info |= {"mapped": not copies_weights(gguf, extra), "probe": probed}
-    return Handles(lib, model, context, lib.llama_model_get_vocab(model), info)
+    vocabulary = Vocabulary(lib, gguf, model, part)
+    vocabulary.remember(texts)
+    return Handles(lib, model, context, vocabulary, info)
 
 
 def _extra_bufts(gguf: Gguf, options: Options) -> tuple[bool, dict[str, Any], list[str]]:
@@ -163,10 +178,21 @@ def _load_weights(
     gguf: Gguf,
     options: Options,
     extra: bool,
+    vocabulary: bool,
     progress: Callable[[float], None] | None,
     mark: int,
 ) -> Any:
     params = lib.llama_model_default_params()
+    if not vocabulary:
+        none = (lib.llama_model_kv_override * 3)()  # the last one, without a key, ends them
+        none[0].key, none[0].tag = b"tokenizer.ggml.model", lib.LLAMA_KV_OVERRIDE_TYPE_STR
+        none[0].value.val_str = b"no_vocab"
+        none[1].key, none[1].tag = (
+            f"{gguf.arch}.vocab_size".encode(),
+            lib.LLAMA_KV_OVERRIDE_TYPE_INT,
+        )
+        none[1].value.val_i64 = gguf.n_vocab
+        params.kv_overrides = none
     params.n_gpu_layers = options.n_gpu_layers
     params.use_extra_bufts = extra
     copied = copied_pages(gguf, extra, options.n_gpu_layers)

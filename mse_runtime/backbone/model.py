@@ -15,7 +15,6 @@ from mse_runtime.backbone.batch import Entries, Inputs
 from mse_runtime.backbone.loading import Handles, Options, load_model
 from mse_runtime.backbone.passes import Passes
 from mse_runtime.backbone.rotary import RopeTable
-from mse_runtime.backbone.text import Speller
 from mse_runtime.errors import BackboneError
 from mse_runtime.gguf import Gguf
 
@@ -47,9 +46,7 @@ class Backbone(Passes):
 
     def __init__(self, gguf: Gguf, handles: Handles, options: Options) -> None:
         super().__init__(gguf, handles, options)
-        self.bos_id = int(handles.lib.llama_vocab_bos(handles.vocab))
-        self.eos_id = int(handles.lib.llama_vocab_eos(handles.vocab))
-        self._speller = Speller(handles.lib, handles.vocab, gguf)
+        self.bos_id, self.eos_id = handles.vocabulary.bos, handles.vocabulary.eos
 
     @classmethod
     def open(
@@ -67,6 +64,7 @@ class Backbone(Passes):
         n_outputs_max: int = 32,
         tree_width: int = 16,
         rope_table: RopeTable = "exact",
+        texts: Sequence[str] = (),
         progress: Callable[[float], None] | None = None,
     ) -> Self:
         """Load a model.
@@ -85,6 +83,8 @@ class Backbone(Passes):
         tree_width: leaves of a trie that one pass of `prefill_tree` takes.
         rope_table: `bf16` rounds cosines and sines of the positions, as some published runs had
         them (see `rotary`); every rotation then goes through Python.
+        texts: all that will be tokenised soon. Of a large vocabulary only what they need is loaded
+            then (`excerpt`), and the rest when other text comes.
         progress: called with 0.0 .. 1.0 while the weights load; may raise to stop it.
 
         Raises BackboneError for files and options that cannot be used.
@@ -95,7 +95,7 @@ class Backbone(Passes):
         ).checked()  # fmt: skip
         gguf = Gguf.open(path)
         try:
-            backbone = cls(gguf, load_model(gguf, options, progress), options)
+            backbone = cls(gguf, load_model(gguf, options, progress, texts), options)
         except BaseException:
             gguf.close()
             raise
@@ -142,7 +142,7 @@ class Backbone(Passes):
         """
         with self._lock:
             self._check_open()
-            ids = self._speller.tokenize(text, special)
+            ids = self._vocabulary.tokenize(text, special)
             if bos:
                 if self.bos_id < 0:
                     raise BackboneError(
@@ -156,7 +156,7 @@ class Backbone(Passes):
         """The text of token ids; special tokens are left out unless `special`."""
         with self._lock:
             self._check_open()
-            return self._speller.detokenize(checks.token_ids(ids, self.n_vocab), special)
+            return self._vocabulary.detokenize(checks.token_ids(ids, self.n_vocab), special)
 
     def embed(self, ids: npt.ArrayLike) -> Floats:
         """Input embeddings of token ids: float32 [n, n_embd], as the model itself looks them up."""

@@ -31,7 +31,7 @@ class Sequences:
 
     def __init__(self, gguf: Gguf, handles: Handles, options: Options) -> None:
         self._gguf, self._lib = gguf, handles.lib
-        self._model, self._vocab = handles.model, handles.vocab
+        self._model, self._vocabulary = handles.model, handles.vocabulary
         self._lock = threading.RLock()
         self.path, self.arch = gguf.path, gguf.arch
         self.n_embd, self.n_vocab, self.n_layer = gguf.n_embd, gguf.n_vocab, gguf.n_layer
@@ -56,9 +56,10 @@ class Sequences:
         """Free the model, the cache and the mapping. Closing twice is harmless."""
         with self._lock:
             context, model = self._context, self._model
-            self._context = self._model = self._vocab = self._memory = None
+            self._context = self._model = self._memory = None
             if context is not None:
                 self._lib.llama_free(context)
+            self._vocabulary.close()
             if model is not None:
                 free_model(self._lib, model)
             self._gguf.close()

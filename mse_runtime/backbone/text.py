@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import heapq
+import os
 from itertools import groupby
-from typing import Any
+from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +15,23 @@ import numpy.typing as npt
 from mse_runtime.errors import BackboneError
 from mse_runtime.gguf import Gguf
 
-__all__ = ["Speller"]
+__all__ = ["Speller", "load_vocabulary"]
 
 _UNKNOWN, _NORMAL, _CONTROL, _USER_DEFINED, _BYTE = (1 << i for i in (0, 2, 3, 4, 5))
 """Of llama_token_attr."""
 _MAX_BYTES = 1 << 28
+
+
+def load_vocabulary(lib: Any, path: Path) -> Any:
+    """A model of llama.cpp's that is a vocabulary and nothing else."""
+    params = lib.llama_model_default_params()
+    params.vocab_only = True
+    no_devices = (ctypes.c_void_p * 1)(None)
+    params.devices = ctypes.cast(no_devices, ctypes.c_void_p)
+    model = lib.llama_model_load_from_file(os.fsencode(path), params)
+    if not model:
+        raise BackboneError(f"llama.cpp cannot load the vocabulary of {path}.")
+    return model
 
 
 class Speller:
@@ -29,8 +43,21 @@ class Speller:
         self._pieces: dict[str, tuple[float, int]] | None = None
         self._bytes: dict[bytes, int] | None = None
 
-    def tokenize(self, text: str, special: bool) -> npt.NDArray[np.int32]:
-        """int32 [n]. NUL is an ordinary character; lone surrogates raise BackboneError."""
+    @overload
+    def tokenize(self, text: str, special: bool) -> npt.NDArray[np.int32]: ...
+
+    @overload
+    def tokenize(
+        self, text: str, special: bool, *, whole: bool
+    ) -> npt.NDArray[np.int32] | None: ...
+
+    def tokenize(
+        self, text: str, special: bool, *, whole: bool = True
+    ) -> npt.NDArray[np.int32] | None:
+        """int32 [n]. NUL is an ordinary character; lone surrogates raise BackboneError.
+
+        whole: False for an excerpt of the vocabulary; None where that does not do.
+        """
         if not isinstance(text, str):
             raise BackboneError(f"Text must be a str, not {type(text).__name__}. Decode it first.")
         try:
@@ -45,7 +72,7 @@ class Speller:
         if not raw:
             return np.empty(0, np.int32)
         ids = self._call(raw, special)
-        return ids if special else self._without_controls(ids)
+        return ids if special else self._without_controls(ids, whole)
 
     def _call(self, raw: bytes, special: bool) -> npt.NDArray[np.int32]:
         room = len(raw) + 8
@@ -61,7 +88,9 @@ class Speller:
                 raise BackboneError("llama.cpp cannot tokenise this text. Shorten it.")
             room = -count
 
-    def _without_controls(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    def _without_controls(
+        self, ids: npt.NDArray[np.int32], whole: bool
+    ) -> npt.NDArray[np.int32] | None:
         """llama.cpp doesn't parse special spellings here, but its merges may still build one.
 
         A SentencePiece vocabulary with the pieces `s` and `op` merges them into ChatGLM's control
@@ -73,6 +102,8 @@ class Speller:
         kinds = [self._kind(token) for token in ids.tolist()]
         if not any(kind & foreign for kind in kinds):
             return ids
+        if not whole:
+            return None
         found: list[int] = []
         for mergeable, run in groupby(
             zip(ids.tolist(), kinds, strict=True), lambda each: not each[1] & apart
