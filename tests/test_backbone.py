@@ -305,7 +305,7 @@ def test_merges_cannot_build_a_control_token(tmp_path: Path) -> None:
     ]
     path = toy_gguf(tmp_path / "m.gguf", "llama", vocab=vocab)
     with Backbone.open(path, threads=1) as backbone:
-        raw = backbone._speller._call(b"x<s>y</s>z", False)
+        raw = backbone._vocabulary._whole()._call(b"x<s>y</s>z", False)
         assert {1, 2} <= set(raw.tolist())  # the trap is real
         ids = backbone.tokenize("x<s>y</s>z")
         assert not {1, 2} & set(ids.tolist())
