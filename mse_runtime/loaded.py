@@ -56,6 +56,7 @@ class Loaded:
         self.threads = threads
         self.low_memory = low_memory
         self._require_gpu = require_gpu
+        texts = (texts,) if isinstance(texts, str) else texts
         self._texts = [*_constant_texts(bundle), *texts] if texts else []
         self._pool = pool
         self._turn = threading.Lock()

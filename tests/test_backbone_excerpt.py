@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import random
 import sys
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,14 +27,14 @@ from mse_runtime.features.spec import Features, FeatureTrack
 from mse_runtime.gguf import Gguf
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="no Linux")
-SAID = ["the film was great", "-1.2 <Multimodal>", "once upon a time\n\nthere was"]
+SAID = ["the film was great", "-1.2 <Multimodal>", "once upon a time\n\nthere was", "cafe\u0301"]
 LIB = library.load()
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[tuple[Gguf, Speller]]:
     with Gguf.open(path) as gguf:
-        model = load_vocabulary(LIB, path)
+        model = load_vocabulary(LIB, path, path)
         yield gguf, Speller(LIB, LIB.llama_model_get_vocab(model), gguf)
         LIB.llama_model_free(model)
 
@@ -46,8 +47,15 @@ def excerpted(gguf: Gguf, texts: list[str]) -> Iterator[Excerpt]:
 
 
 def same(part: Excerpt, speller: Speller, text: str) -> bool:
-    found = [(part.tokenize(text, s), speller.tokenize(text, s)) for s in (False, True)]
-    return all(some is not None and np.array_equal(some, full) for some, full in found)
+    """Special spellings alone take the whole vocabulary, where they are not to be special."""
+    for special in (False, True):
+        found = part.tokenize(text, special)
+        if found is None:
+            assert not special
+            assert any(one in text for one in part._special)
+        elif not np.array_equal(found, speller.tokenize(text, special)):
+            return False
+    return True
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +109,9 @@ def test_a_text_that_was_not_expected_takes_the_whole(qwen: Path) -> None:
     with whole(qwen) as (gguf, _), excerpted(gguf, SAID) as part:
         assert part.tokenize("the film was", False) is not None
         assert part.tokenize("the film is", False) is None
+        composed = unicodedata.normalize("NFC", SAID[3])
+        assert composed != SAID[3]
+        assert part.tokenize(composed, False) is not None
         assert part.tokenize(7, False) is None  # type: ignore[arg-type]
     with Gguf.open(qwen) as gguf, pytest.raises(BackboneError, match="too much"):
         Excerpt(LIB, gguf, ["x" * excerpt._MOST_TEXT, "y"])
@@ -110,9 +121,9 @@ def test_a_text_that_was_not_expected_takes_the_whole(qwen: Path) -> None:
 def test_the_second_opening_takes_an_excerpt(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[Path] = []
 
-    def load(lib: Any, path: Path) -> Any:
+    def load(lib: Any, path: Path, name: Path) -> Any:
         loaded.append(path)
-        return load_vocabulary(lib, path)
+        return load_vocabulary(lib, path, name)
 
     with Backbone.open(qwen, threads=1, texts=SAID) as first:
         assert first._vocabulary._excerpt is None
@@ -173,6 +184,15 @@ def test_where_excerpts_do_not_do_all_is_loaded(
                 assert len(backbone.tokenize(texts[0]))
         return True
 
+    def refused(_: str) -> int:
+        raise PermissionError("no memfd")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.memfd_create", refused)
+        assert opened_whole()
+    with monkeypatch.context() as patch:  # an older C library
+        patch.delattr("os.memfd_create")
+        assert opened_whole()
     with monkeypatch.context() as patch:  # no kernel library
         patch.setattr("mse_kernels.strings.find_strings", lambda *_, **__: None)
         assert opened_whole()
@@ -183,9 +203,27 @@ def test_where_excerpts_do_not_do_all_is_loaded(
     assert opened_whole(other)  # that is remembered
     assert opened_whole(toy_gguf(tmp_path / "l.gguf", "llama"))  # SentencePiece
     assert not opened_whole()
+    with monkeypatch.context() as patch:  # now that it is known
+        patch.setattr("os.memfd_create", refused)
+        assert opened_whole()
     assert opened_whole(texts=["x" * (excerpt._MOST_TEXT + 1)])  # now that it is known
     monkeypatch.setattr(excerpt, "_WORTH", 50_000)
     assert opened_whole()
+
+
+@pytest.mark.usefixtures("worth")
+def test_special_spellings_in_a_transcript_take_the_whole(qwen: Path) -> None:
+    """What llama.cpp makes of them hangs on more than their spelling."""
+    prompt, said = "<|im_start|>system\nthe film<|im_end|>", "he said <|im_end|> and left"
+    found = []
+    for _ in range(2):
+        with Backbone.open(qwen, threads=1, texts=[prompt, said]) as backbone:
+            found.append([backbone.tokenize(prompt, special=True).tolist()])
+            still = backbone._vocabulary._speller is None
+            found[-1].append(backbone.tokenize(said).tolist())
+            assert backbone._vocabulary._speller is not None
+    assert still
+    assert found[0] == found[1]
 
 
 @pytest.mark.usefixtures("worth")
@@ -203,6 +241,8 @@ def test_a_model_that_cannot_be_loaded_with_an_excerpt(
     with pytest.raises(KeyboardInterrupt):
         Backbone.open(qwen, threads=1, texts=SAID, progress=stop)
     assert len(closed) == 1
+    with pytest.raises(BackboneError, match="Put it in a list"):
+        Backbone.open(qwen, threads=1, texts=SAID[0])
 
 
 @pytest.mark.usefixtures("worth")
@@ -211,8 +251,11 @@ def test_an_answer_does_not_depend_on_it(tmp_path: Path, features: Features) -> 
     found = []
     for texts in ((), SAID[:1], SAID[:1]):
         with Analyzer.open(tmp_path / "toy", adapter="numpy", threads=1, texts=texts) as analyzer:
-            excerpted = analyzer._backbone.result()._vocabulary._excerpt is not None
-            answers = [analyzer.analyze_features(features, text) for text in SAID]
+            vocabulary = analyzer._backbone.result()._vocabulary
+            answers = [analyzer.analyze_features(features, SAID[0])]
+            excerpted = vocabulary._speller is None
+            answers += [analyzer.analyze_features(features, text) for text in SAID[1:]]
+            assert vocabulary._speller is not None
             found.append((excerpted, [answer.answer.log_scores.tolist() for answer in answers]))
     assert [excerpted for excerpted, _ in found] == [False, False, True]
     assert found[0][1] == found[1][1] == found[2][1]

@@ -56,6 +56,7 @@ def random_inputs(
 
 def plain(inputs: Inputs) -> NDArray[np.float64]:
     q, k, v, mask = (x.astype(np.float64) for x in inputs)
+    mask = mask[: q.shape[1]]
     k, v = (np.repeat(x, len(q) // len(x), axis=0) for x in (k, v))
     scores = q @ k.transpose(0, 2, 1) / np.sqrt(q.shape[-1]) + mask
     top = np.maximum(scores.max(-1, keepdims=True), -1e30)
@@ -67,12 +68,15 @@ def plain(inputs: Inputs) -> NDArray[np.float64]:
 @every_kernel
 @given(
     st.integers(2, 70), st.integers(1, 20), st.sampled_from([(4, 1), (4, 2), (6, 6), (3, 3)]),
-    st.sampled_from([32, 64, 96, 128, 256]), st.integers(1, 3), st.integers(0, 1000),
+    st.sampled_from([32, 64, 96, 128, 256]), st.sampled_from([0, 3, 32]), st.integers(1, 3),
+    st.integers(0, 1000),
 )  # fmt: skip
 def test_attention_is_the_plain_one(
-    kernel: str, rows: int, eights: int, of: tuple[int, int], depth: int, threads: int, seed: int
-) -> None:
+    kernel: str, rows: int, eights: int, of: tuple[int, int], depth: int, more: int, threads: int,
+    seed: int,
+) -> None:  # fmt: skip
     inputs = random_inputs(rows, 8 * eights, *of, depth, seed)
+    inputs = Inputs(*inputs[:3], np.concatenate([inputs.mask, inputs.mask[:1].repeat(more, 0)]))
     found = ours(kernel, inputs, threads)
     assert np.abs(found - plain(inputs)).max() <= 2e-5
     assert not found[0].any()  # a row that sees nothing
@@ -105,6 +109,36 @@ def test_keys_that_nobody_sees_may_hold_anything(kernel: str) -> None:
     for broken in (np.nan, np.inf, -np.inf):
         inputs.keys[:, 3::7] = inputs.values[:, 3::7] = broken
         assert np.array_equal(ours(kernel, inputs), expected)
+
+
+@every_kernel
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["queries", "keys", "values"])
+def test_what_is_no_number_stays_none_and_with_those_that_see_it(
+    kernel: str, bad: float, where: str
+) -> None:
+    """The runtime refuses logits that are not numbers; a finite answer would pass for one."""
+    inputs = random_inputs(37, 48)
+    expected, seen = ours(kernel, inputs), np.isfinite(inputs.mask)
+    if where == "queries":
+        inputs.queries[:, 7] = bad
+        hit = np.arange(37) == 7
+    else:
+        inputs.mask[:, 5] = np.where(np.arange(37) % 5 == 1, 0, -np.inf)
+        expected, seen = ours(kernel, inputs), np.isfinite(inputs.mask)
+        getattr(inputs, where)[:, 5, 3] = bad
+        hit = seen[:, 5]
+    found = ours(kernel, inputs)
+    assert np.array_equal(found[~hit], expected[~hit])
+    whole = found[hit].reshape(hit.sum(), 4, -1)
+    if where == "values":
+        assert not np.isfinite(whole[..., 3]).any()
+    elif where == "queries" or np.isnan(bad):
+        assert not np.isfinite(whole).any()
+    else:  # an infinite score has all the weight, or none
+        queries = inputs.queries[:, hit, 3].T
+        assert not np.isfinite(whole[queries * bad > 0]).any()
+        assert np.isfinite(whole[queries * bad < 0]).all()
 
 
 @every_kernel

@@ -91,7 +91,7 @@ def test_without_the_instructions_or_llama_cpp_nothing_stands_in(
 def test_what_llama_cpp_calls_under_the_sanitizers(tmp_path: Path) -> None:
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler here")
-    base = ["c++", "-std=c++17", "-O1", "-g", "-w", "-fsanitize=address,undefined"]
+    base = ["c++", "-std=c++17", "-O1", "-g", "-w", "-pthread", "-fsanitize=address,undefined"]
     base.append("-fno-sanitize-recover=all")
 
     def compiled(unit: tuple[str, tuple[str, ...]]) -> str:

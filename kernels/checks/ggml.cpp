@@ -10,6 +10,7 @@
 #include <cstring>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "../src/abi.h"
@@ -91,10 +92,13 @@ static bool attention() {
     const float scale = 0.125f;
     memcpy(result.parameters, &scale, sizeof scale);
     const uint64_t count = mse_attention_calls();
-    for (int thread = 0; thread < threads; thread++) {
-      const int params[] = {thread, threads};
-      ggml_compute_forward_flash_attn_ext(params, &result);
-    }
+    std::vector<std::thread> running;
+    for (int thread = 0; thread < threads; thread++)
+      running.emplace_back([&result, thread, threads] {
+        const int params[] = {thread, threads};
+        ggml_compute_forward_flash_attn_ext(params, &result);
+      });
+    for (auto &one : running) one.join();
     if (mse_attention_calls() != count + threads) return printf("attention is not ours\n"), false;
     if (threads > 1 && before != data[4]) return printf("attention of %d rows, %d keys\n", rows, keys), false;
     before = data[4];

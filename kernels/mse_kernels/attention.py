@@ -29,7 +29,7 @@ KERNELS = {
 
 class Inputs(NamedTuple):
     """float32 queries [heads, rows, depth], float16 keys and values [heads / n, keys, depth], and
-    what is added to the scores, float16 [rows, keys].
+    what is added to the scores, float16 [rows or more, keys].
     """
 
     queries: NDArray[np.float32]
@@ -103,8 +103,12 @@ def compute(folder: Path, inputs: Inputs, threads: int = 1) -> NDArray[np.float3
             return None
         tensors = []
         values: NDArray[np.floating[Any]]
-        for values in inputs:
-            tensors.append(g.tensor(int(values.dtype == np.float16), *values.shape[::-1]))
-            g.fill(tensors[-1], np.ascontiguousarray(values))
+        for values in inputs[:3]:  # as llama.cpp has them: the heads of a row beside each other
+            n, length, depth = values.shape
+            one = g.tensor(int(values.dtype == np.float16), depth, n, length)
+            g.fill(one, np.ascontiguousarray(values.swapaxes(0, 1)))
+            tensors.append(g.base.ggml_permute(g.context, one, 0, 2, 1, 3))
+        tensors.append(g.tensor(1, *inputs.mask.shape[::-1]))
+        g.fill(tensors[-1], np.ascontiguousarray(inputs.mask))
         result = g.base.ggml_flash_attn_ext(g.context, *tensors, depth**-0.5, 0.0, 0.0)
         return g.compute(result, (rows, heads, depth), threads)

@@ -2,6 +2,8 @@
 // not goes on to llama.cpp's.
 #include "ggml_attention.h"
 
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include <atomic>
@@ -17,7 +19,7 @@ using namespace mse_ggml;
 
 using Function = void (*)(const Params *, Tensor *);
 constexpr int kF32 = 0, kF16 = 1, kParts = 4;  // so many parts for each thread
-constexpr int64_t kMostKeys = 1024;            // widened, they are to stay in the second-level cache
+constexpr int64_t kMostKeys = 1024;            // converted, they are to stay in the second-level cache
 
 std::atomic<Function> original{nullptr};
 std::atomic<const Attend *> own{nullptr};
@@ -96,5 +98,10 @@ EXPORT void ggml_compute_forward_flash_attn_ext(const Params *params, Tensor *re
     calls.fetch_add(1, std::memory_order_relaxed);
     return;
   }
-  if (const Function theirs = original.load(std::memory_order_acquire)) theirs(params, result);
+  const Function theirs = original.load(std::memory_order_acquire);
+  if (!theirs) {  // it cannot decline, and a result that is not computed would look like one
+    fputs("mse_ggml: attention was asked for before llama.cpp's own was known\n", stderr);
+    abort();
+  }
+  theirs(params, result);
 }

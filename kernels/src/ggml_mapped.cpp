@@ -29,7 +29,7 @@ constexpr Bytes kTypes[] = {
 std::atomic<Sgemm> sgemm{nullptr};
 std::atomic<Tiled> tiled{nullptr};
 std::atomic<const Kernel *> own{nullptr};
-std::atomic<bool> super{false};  // whether K-quants are ours: llama.cpp's tensors are as we read them
+std::atomic<bool> tensors_known{false};  // whether llama.cpp's are as we read them: else K-quants are its
 std::atomic<uint64_t> calls{0};
 
 // By number, as mse_kernels.mapped has them; 0 is llama.cpp's own.
@@ -60,7 +60,7 @@ const Bytes *find(int type, const Kernel *kernel) {
   if (!kernel || (type != kQ4_0 && kernel != kKernels[kAmx])) return nullptr;
   for (const Bytes &known : kTypes)
     if (known.type == type)
-      return known.rows_type == kQ8_0 || super.load(std::memory_order_relaxed) ? &known : nullptr;
+      return known.rows_type == kQ8_0 || tensors_known.load(std::memory_order_relaxed) ? &known : nullptr;
   return nullptr;
 }
 
@@ -103,7 +103,7 @@ EXPORT int32_t mse_mapped_has(int32_t kernel) {
 EXPORT void mse_mapped_use(Sgemm original, Tiled original_tiled, int32_t kernel, int32_t tensors) {
   sgemm.store(original, std::memory_order_relaxed);
   tiled.store(original_tiled, std::memory_order_relaxed);
-  super.store(tensors != 0, std::memory_order_relaxed);
+  tensors_known.store(tensors != 0, std::memory_order_relaxed);
   own.store(mse_mapped_has(kernel) ? kKernels[kernel] : nullptr, std::memory_order_release);
 }
 
@@ -133,7 +133,7 @@ EXPORT bool llamafile_sgemm(const Params *params, int64_t m, int64_t n, int64_t 
 
 // llama.cpp asks this one first for K-quants: what ours has is left to the function above.
 EXPORT bool ggml_compute_forward_mul_mat_tiled(const Params *params, const Tensor *result) noexcept {
-  if (super.load(std::memory_order_relaxed)) {
+  if (tensors_known.load(std::memory_order_relaxed)) {
     const Tensor &weights = *result->source[0];
     const Bytes *type = find(weights.type, own.load(std::memory_order_acquire));
     if (type && fits(weights.size[1], type->weights)) return false;

@@ -1,9 +1,12 @@
 """The part of a vocabulary that a few texts need: llama.cpp takes 0.2 s for 150,000 tokens.
 
-A byte-pair tokenizer only ever looks up tokens that stand in the text, and merges whose result
-does (Sennrich et al. 2016); special tokens it looks for everywhere. A vocabulary of those alone, in
-the same order, gives the same tokens, by llama.cpp's own tokenizer. Finding them takes a few
-milliseconds (`mse_kernels.strings`). `agrees` compares both on samples before a file's are used.
+A byte-pair tokenizer looks up tokens that stand in the text, and merges whose result does (Sennrich
+et al. 2016); special tokens are looked for everywhere. A vocabulary of those alone, in the same
+order, gives the same tokens, by llama.cpp's own tokenizer. Finding them takes a few milliseconds
+(`mse_kernels.strings`). `agrees` compares both on samples before excerpts of a file are used.
+
+llama.cpp guesses what some special tokens are from their spelling and from metadata. So an excerpt
+has the metadata too, and a transcript that spells a special token takes the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -24,7 +27,10 @@ from mse_runtime.backbone.text import Speller, load_vocabulary
 from mse_runtime.errors import BackboneError
 from mse_runtime.gguf import Gguf
 
-__all__ = ["Excerpt", "agrees", "ends", "possible"]
+__all__ = ["RULES", "Excerpt", "agrees", "ends", "possible"]
+
+RULES = 1
+"""Of what is in an excerpt: another number where that changes."""
 
 _KEY = "tokenizer.ggml."
 _MODEL, _NORMAL = "gpt2", 1
@@ -53,7 +59,9 @@ _END = "\n"  # is none of them
 def possible(gguf: Gguf) -> bool:
     """Whether excerpts of the file's vocabulary can be made, and are worth it."""
     return (
-        sys.platform == "linux"  # where a file that is open can be opened again, whatever its name
+        # Where a file that is open can be opened again, whatever its name, and needs none.
+        sys.platform == "linux"
+        and hasattr(os, "memfd_create")
         and gguf.arch in ARCHITECTURES
         and gguf.metadata.get(f"{_KEY}model") == _MODEL
         and gguf.array_length(f"{_KEY}tokens") >= _WORTH
@@ -74,26 +82,44 @@ class Excerpt:
 
     def __init__(self, lib: Any, gguf: Gguf, texts: Iterable[str]) -> None:
         """Raises BackboneError where none can be made: no kernel library, too much text."""
-        self._lib = lib
-        self._texts = frozenset(texts)
-        within = _END.join(map(_spelled, self._texts)).encode()
-        if len(within) > _MOST_TEXT:
-            raise BackboneError(f"{len(within)} bytes of text are too much for an excerpt.")
-        special = gguf.numbers(f"{_KEY}token_type") != _NORMAL
-        special[:_FIRST] = True
-        tokens = gguf.strings_within(f"{_KEY}tokens", within, always=special)
-        merges = gguf.strings_within(f"{_KEY}merges", within, pairs=True)
+        self._lib, self._model = lib, None
+        # Composed as well: a bundle may want transcripts so.
+        self._texts = {text for one in texts for text in (one, unicodedata.normalize("NFC", one))}
+        raw = [text.encode("utf-8", errors="replace") for text in self._texts]
+        spelled = _END.join(one.decode("latin-1").translate(_LETTERS) for one in raw).encode()
+        if len(spelled) > _MOST_TEXT:
+            raise BackboneError(f"{len(spelled)} bytes of text are too much for an excerpt.")
+        types = gguf.numbers(f"{_KEY}token_type")
+        always = types != _NORMAL
+        always[:_FIRST] = True
+        named = _named(gguf)
+        always[list(named.values())] = True
+        # Special tokens are looked for as they are, others in the letters for bytes.
+        within = _END.encode().join((spelled, *raw))
+        tokens = gguf.strings_within(f"{_KEY}tokens", within, always=always)
+        merges = gguf.strings_within(f"{_KEY}merges", spelled, pairs=True)
         self._ids = np.array([number for number, _ in tokens], np.int32)
-        types = gguf.numbers(f"{_KEY}token_type")[self._ids].astype("<i4")
-        self._model = _load(lib, gguf, [text for _, text in tokens], types, [m for _, m in merges])
+        self._special = [
+            text.decode(errors="replace")
+            for number, text in tokens
+            if types[number] != _NORMAL and text and any(text in one for one in raw)
+        ]
+        self._model = _load(
+            lib, gguf, [text for _, text in tokens], types[self._ids].astype("<i4"),
+            [merge for _, merge in merges],
+            {key: int(np.searchsorted(self._ids, number)) for key, number in named.items()},
+        )  # fmt: skip
         self._speller = Speller(lib, lib.llama_model_get_vocab(self._model), gguf)
 
-    def covers(self, text: str) -> bool:
-        return isinstance(text, str) and any(text in known for known in self._texts)
+    def covers(self, text: str, special: bool) -> bool:
+        """Whether it does for this text."""
+        if not isinstance(text, str) or not any(text in known for known in self._texts):
+            return False
+        return special or not any(one in text for one in self._special)
 
     def tokenize(self, text: str, special: bool) -> NDArray[np.int32] | None:
         """As `Speller.tokenize`; None for a text that takes the whole vocabulary."""
-        if not self.covers(text):
+        if not self.covers(text, special):
             return None
         found = self._speller.tokenize(text, special, whole=False)
         return None if found is None else self._ids[found]
@@ -109,44 +135,54 @@ def agrees(lib: Any, gguf: Gguf, whole: Speller, texts: Iterable[str]) -> bool:
 
     Raises BackboneError where none can be made of them.
     """
-    wanted = [*_SAMPLES, *texts]
-    excerpt = Excerpt(lib, gguf, wanted)
-    try:
-        for text in wanted:
-            for special in (False, True):
-                found = excerpt.tokenize(text, special)
-                if found is not None and not np.array_equal(found, whole.tokenize(text, special)):
-                    return False
-        return True
-    finally:
-        excerpt.close()
+    for wanted in (*([sample] for sample in _SAMPLES), list(texts)):
+        excerpt = Excerpt(lib, gguf, wanted)
+        try:
+            for text in wanted:
+                for special in (False, True):
+                    found = excerpt.tokenize(text, special)
+                    expected = whole.tokenize(text, special)
+                    if found is not None and not np.array_equal(found, expected):
+                        return False
+        finally:
+            excerpt.close()
+    return True
 
 
-def _spelled(text: str) -> str:
-    """In the vocabulary's letters for bytes; composed as well: a bundle may want transcripts so."""
-    forms = dict.fromkeys((text, unicodedata.normalize("NFC", text)))
-    raw = (form.encode("utf-8", errors="replace").decode("latin-1") for form in forms)
-    return _END.join(form.translate(_LETTERS) for form in raw)
+def _named(gguf: Gguf) -> dict[str, int]:
+    """The special ids that the metadata name."""
+    count = gguf.array_length(f"{_KEY}tokens")
+    return {
+        key: value
+        for key, value in gguf.metadata.items()
+        if key.startswith(_KEY) and key.endswith("_token_id")
+        and isinstance(value, int) and 0 <= value < count
+    }  # fmt: skip
 
 
 def _load(
-    lib: Any, gguf: Gguf, tokens: list[bytes], types: NDArray[np.int32], merges: list[bytes]
-) -> Any:
+    lib: Any, gguf: Gguf, tokens: list[bytes], types: NDArray[np.int32], merges: list[bytes],
+    named: dict[str, int],
+) -> Any:  # fmt: skip
     strings = {"general.architecture": gguf.arch, f"{_KEY}model": _MODEL}
-    if isinstance(kind := gguf.metadata.get(f"{_KEY}pre"), str):
-        strings[f"{_KEY}pre"] = kind
+    for key in ("general.name", f"{_KEY}pre"):
+        if isinstance(value := gguf.metadata.get(key), str):
+            strings[key] = value
     entries = [
         _string(key) + struct.pack("<I", 8) + _string(value) for key, value in strings.items()
     ]
+    entries += [_string(key) + struct.pack("<II", 4, number) for key, number in named.items()]
     entries += [_array(f"{_KEY}tokens", tokens), _array(f"{_KEY}merges", merges)]
     head = struct.pack("<IIQ", 9, 5, len(types))
     entries.append(_string(f"{_KEY}token_type") + head + types.tobytes())
     data = b"GGUF" + struct.pack("<IQQ", 3, 0, len(entries)) + b"".join(entries)
-    # In memory: what somebody said has no business in a file.
-    with os.fdopen(os.memfd_create("excerpt.gguf"), "wb") as file:
-        file.write(data)
-        file.flush()
-        return load_vocabulary(lib, Path(f"/proc/self/fd/{file.fileno()}"))
+    try:  # in memory: what somebody said has no business in a file
+        with os.fdopen(os.memfd_create("excerpt.gguf"), "wb") as file:
+            file.write(data)
+            file.flush()
+            return load_vocabulary(lib, Path(f"/proc/self/fd/{file.fileno()}"), gguf.path)
+    except OSError as error:
+        raise BackboneError(f"An excerpt of a vocabulary cannot be made here: {error}.") from error
 
 
 def _string(value: str | bytes) -> bytes:

@@ -121,12 +121,16 @@ def load_model(
     check_file(gguf)
     lib = library.load()
     extra, probed, warnings = _extra_bufts(gguf, options)
+    if isinstance(texts, str):
+        raise BackboneError("texts must be a sequence of texts, not one. Put it in a list.")
     part = excerpt_for(lib, gguf, texts)
     mark = log_mark()
     try:
         model = _load_weights(lib, gguf, options, extra, part is None, progress, mark)
         try:
             _check_model(lib, model, gguf)
+            vocabulary = Vocabulary(lib, gguf, model, part)
+            vocabulary.remember(texts)
             context = make_context(lib, model, options)
         except BaseException:
             free_model(lib, model)
@@ -137,8 +141,6 @@ def load_model(
         raise
     info = _describe(lib, gguf, options, extra, warnings, log_lines(mark))
     info |= {"mapped": not copies_weights(gguf, extra), "probe": probed}
-    vocabulary = Vocabulary(lib, gguf, model, part)
-    vocabulary.remember(texts)
     return Handles(lib, model, context, vocabulary, info)
 
 

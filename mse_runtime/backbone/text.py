@@ -12,6 +12,7 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
+from mse_runtime.backbone.reports import log_errors, log_mark
 from mse_runtime.errors import BackboneError
 from mse_runtime.gguf import Gguf
 
@@ -22,15 +23,20 @@ _UNKNOWN, _NORMAL, _CONTROL, _USER_DEFINED, _BYTE = (1 << i for i in (0, 2, 3, 4
 _MAX_BYTES = 1 << 28
 
 
-def load_vocabulary(lib: Any, path: Path) -> Any:
-    """A model of llama.cpp's that is a vocabulary and nothing else."""
+def load_vocabulary(lib: Any, path: Path, name: Path) -> Any:
+    """A model of llama.cpp's that is a vocabulary and nothing else; name: of the user's file."""
+    mark = log_mark()
     params = lib.llama_model_default_params()
     params.vocab_only = True
     no_devices = (ctypes.c_void_p * 1)(None)
     params.devices = ctypes.cast(no_devices, ctypes.c_void_p)
     model = lib.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
-        raise BackboneError(f"llama.cpp cannot load the vocabulary of {path}.")
+        why = log_errors(mark) or "no reason given"
+        raise BackboneError(
+            f"llama.cpp cannot load the vocabulary of {name}: {why}. Export or download the model "
+            "again."
+        )
     return model
 
 

@@ -34,7 +34,7 @@ def excerpt_for(lib: Any, gguf: Gguf, texts: Sequence[str]) -> Excerpt | None:
 
 def _name(gguf: Gguf) -> str | None:
     """Of the file and the build whose tokens were compared; None for a very new file."""
-    return gguf.identity and f"{gguf.identity} {library.build_id()}"
+    return gguf.identity and f"{gguf.identity} {library.build_id()} {excerpt.RULES}"
 
 
 class Vocabulary:
@@ -85,7 +85,7 @@ class Vocabulary:
     def _whole(self) -> Speller:
         """Loaded now where there was an excerpt only."""
         if self._speller is None:
-            self._own = load_vocabulary(self._lib, self._gguf.same_file())
+            self._own = load_vocabulary(self._lib, self._gguf.same_file(), self._gguf.path)
             self._speller = Speller(
                 self._lib, self._lib.llama_model_get_vocab(self._own), self._gguf
             )
