@@ -39,7 +39,7 @@ struct Tile {
     scores = mask + n * kLanes;
     groups = reinterpret_cast<Group *>(scores + n * kLanes);
     for (int key = 0; key < a.n_keys; key += kKeys)
-      if (const uint32_t bits = seen(key)) look(key, bits);
+      if (const uint32_t bits = seen(key)) read_mask(key, bits);
   }
 
   static size_t bytes(const Attention &a) {
@@ -47,23 +47,23 @@ struct Tile {
     return sizeof(float) * (depth * kLanes + 2 * n * (depth + kLanes)) + sizeof(Group) * (n / kKeys);
   }
 
-  __m128i eight(int row, int key) const {
+  __m128i mask_of(int row, int key) const {
     return _mm_loadu_si128(reinterpret_cast<const __m128i *>(a.mask + (first + row) * a.mask_row + key));
   }
 
   uint32_t seen(int key) const {
     __m128i hidden = _mm_set1_epi16(-1);
     for (int r = 0; r < rows; r++)
-      hidden = _mm_and_si128(hidden, _mm_cmpeq_epi16(eight(r, key), _mm_set1_epi16(kHidden)));
+      hidden = _mm_and_si128(hidden, _mm_cmpeq_epi16(mask_of(r, key), _mm_set1_epi16(kHidden)));
     return ~_mm_movemask_epi8(_mm_packs_epi16(hidden, hidden)) & 0xff;
   }
 
-  void look(int key, uint32_t bits) {
+  void read_mask(int key, uint32_t bits) {
     float *to = mask + static_cast<size_t>(count) * kKeys * kLanes;
     for (int i = 0; i < kKeys * kLanes; i += W) store(to + i, set1(-INFINITY));
     for (int r = 0; r < rows; r++) {
       float wide[kKeys];
-      _mm256_storeu_ps(wide, _mm256_cvtph_ps(eight(r, key)));
+      _mm256_storeu_ps(wide, _mm256_cvtph_ps(mask_of(r, key)));
       for (int i = 0; i < kKeys; i++) to[i * kLanes + r] = wide[i];
     }
     groups[count++] = {key, bits};

@@ -44,6 +44,8 @@ bool find(const Tensor &result, const Attend &kernel, Attention *a) {
   if (keys % kKeys || keys > kMostKeys || v->size[1] != keys || mask->size[0] != keys) return false;
   if (q->size[3] != 1 || mask->size[2] != 1 || mask->size[3] != 1 || mask->size[1] < rows) return false;
   if (k->size[2] <= 0 || heads % k->size[2] || v->size[2] != k->size[2] || rows < 2) return false;
+  const auto row = static_cast<size_t>(4 * depth);
+  if (result.type != kF32 || result.stride[1] != row || result.stride[2] != row * heads) return false;
   if (q->stride[0] != 4 || k->stride[0] != 2 || v->stride[0] != 2 || mask->stride[0] != 2) return false;
   a->queries = static_cast<const float *>(q->data);
   a->query_row = q->stride[1] / 4, a->query_head = q->stride[2] / 4;
