@@ -47,7 +47,7 @@ PASS, SEQUENCES = 512, 250
 """Positions that llama.cpp takes in one piece, and sequences that it knows."""
 FILLERS = 16
 """Rows that may fill a pass up (`backbone.batch.fillers`)."""
-NEARLY = 0.04
+NEARLY = 0.1
 """Seconds for which one pass that waits is cheaper than two."""
 # Stages of `extract`, as the result names them.
 STAGES = {"probe": "decode", "decode": "decode", "audio": "features", "face": "features"}
