@@ -129,9 +129,16 @@ def load_model(
         model = _load_weights(lib, gguf, options, extra, part is None, progress, mark)
         try:
             _check_model(lib, model, gguf)
-            vocabulary = Vocabulary(lib, gguf, model, part)
-            vocabulary.remember(texts)
             context = make_context(lib, model, options)
+            try:
+                # Before an excerpt is compared: that fills the log with lines of its own.
+                info = _describe(lib, gguf, options, extra, warnings, log_lines(mark))
+                info |= {"mapped": not copies_weights(gguf, extra), "probe": probed}
+                vocabulary = Vocabulary(lib, gguf, model, part)
+                vocabulary.remember(texts)
+            except BaseException:
+                lib.llama_free(context.pointer)
+                raise
         except BaseException:
             free_model(lib, model)
             raise
@@ -139,8 +146,6 @@ def load_model(
         if part is not None:
             part.close()
         raise
-    info = _describe(lib, gguf, options, extra, warnings, log_lines(mark))
-    info |= {"mapped": not copies_weights(gguf, extra), "probe": probed}
     return Handles(lib, model, context, vocabulary, info)
 
 
