@@ -235,10 +235,10 @@ class Analyzer(Loaded):
             backbone.reserve(room, trie.n_paths + 1)
             try:
                 with watch.stage("prefill"):
-                    self._prefill_constant(backbone, prompt)
+                    known = self._prefill_constant(backbone, prompt)
                 wait([features], NEARLY)
                 with watch.stage("prefill"):
-                    pending = self._prefill_early(backbone, prompt, features)
+                    pending = self._prefill_early(backbone, prompt, known, features)
                 found = features.result()
                 for stage, seconds in _spent(found) if fresh else ():
                     watch.add(stage, seconds)
@@ -386,16 +386,18 @@ class Analyzer(Loaded):
             self._constant = np.empty(0, np.int32)
 
     def _prefill_early(
-        self, backbone: Backbone, prompt: Prompt, features: Future[Features]
+        self, backbone: Backbone, prompt: Prompt, known: int, features: Future[Features]
     ) -> NDArray[np.int32]:
         """Prefill what stands before the pseudo tokens, if that pays; the ids still to be fed.
+
+        known: positions that are there already.
 
         It pays where more of the prompt stands before the pseudo tokens than after, and the
         features are still being extracted: otherwise one pass is cheaper than two. The constant
         part is a pass of its own whether or not it is cached, so that an answer does not depend on
         what was asked before.
         """
-        pending = prompt.early[self._prefill_constant(backbone, prompt) :]
+        pending = prompt.early[known:]
         if len(prompt.early) <= len(prompt.late) or not len(pending):
             return pending
         if features.done():
