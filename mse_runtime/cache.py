@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-__all__ = ["cache_dir", "read_json", "write_json"]
+__all__ = ["cache_dir", "read_json", "remember", "write_json"]
 
 
 def cache_dir() -> Path:
@@ -38,6 +38,19 @@ def read_json(name: str) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def remember(name: str, key: str, fact: Any, keep: int = 64) -> bool:
+    """Put `fact` under `key` into the facts in `name`, or take it out where it is None.
+
+    The newest `keep` stay. False where the folder cannot be written.
+    """
+    facts = read_json(name)
+    facts.pop(key, None)
+    if fact is not None:
+        facts = dict(list(facts.items())[-(keep - 1) :])
+        facts[key] = fact
+    return write_json(name, facts)
 
 
 def write_json(name: str, facts: dict[str, Any]) -> bool:

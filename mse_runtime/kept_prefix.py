@@ -72,11 +72,11 @@ def _pays(bundle: Bundle, ids: NDArray[np.int32]) -> bool:
 
 
 def _path(backbone: Backbone, bundle: Bundle, ids: NDArray[np.int32]) -> Path:
-    from mse_runtime.probe import cpu_id
+    from mse_runtime.backbone import cpu
 
     facts = [backbone.info[name] for name in SETTINGS]
     facts.append(min(backbone.n_batch, len(ids)))  # after `shrink` sums are cut at other places
-    text = repr((bundle.backbone.gguf.sha256, cpu_id(), *facts, ids.tolist()))
+    text = repr((bundle.backbone.gguf.sha256, cpu.model(), *facts, ids.tolist()))
     return cache_dir() / FOLDER / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.kv"
 
 

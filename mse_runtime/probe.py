@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import platform
 import signal
 import subprocess
 import sys
@@ -24,9 +23,9 @@ from pathlib import Path
 from mse_runtime import cache
 from mse_runtime.errors import BackboneError
 
-__all__ = ["ProbeResult", "cpu_id", "fast_path"]
+__all__ = ["ProbeResult", "fast_path"]
 
-_CACHE, _KEEP = "probe.json", 16
+_CACHE = "probe.json"
 _TIMEOUT = 120.0
 _LIMIT = 0.05  # the two paths round differently, by 0.1 % of the largest logit; wrong is wrong
 _PLAIN, _FAST = "plain", "fast"
@@ -65,11 +64,10 @@ def fast_path(command: Sequence[str] | None = None, *, force: bool = False) -> P
     command: what to run instead of the real child (for tests). force: ask again.
     Raises BackboneError where the build doesn't run on this CPU at all.
     """
-    from mse_runtime.backbone import library
+    from mse_runtime.backbone import cpu, library
 
-    key = hashlib.sha256(f"{library.build_id()} {cpu_id()}".encode()).hexdigest()[:24]
-    known = cache.read_json(_CACHE)
-    if not force and isinstance(entry := known.get(key), dict):
+    key = hashlib.sha256(f"{library.build_id()} {cpu.model()}".encode()).hexdigest()[:24]
+    if not force and isinstance(entry := cache.read_json(_CACHE).get(key), dict):
         try:
             return ProbeResult(
                 bool(entry["extra_bufts"]), str(entry["outcome"]), float(entry["seconds"]), True
@@ -79,24 +77,9 @@ def fast_path(command: Sequence[str] | None = None, *, force: bool = False) -> P
     result, certain = _ask(command)
     log.info("probed llama.cpp's fast path in %.2f s: %s", result.seconds, result.outcome)
     if certain:
-        kept = dict(list(known.items())[-_KEEP + 1 :])
         entry = {"extra_bufts": result.extra_bufts, "outcome": result.outcome}
-        cache.write_json(_CACHE, kept | {key: entry | {"seconds": round(result.seconds, 3)}})
+        cache.remember(_CACHE, key, entry | {"seconds": round(result.seconds, 3)})
     return result
-
-
-def cpu_id() -> str:
-    """The CPU's model and feature flags, as the kernel gives them."""
-    wanted = ("model name", "flags", "Features", "CPU part")
-    found: dict[str, str] = {}
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() in wanted:
-                found.setdefault(name.strip(), value.strip())
-    except OSError:
-        pass
-    return json.dumps(found, sort_keys=True) if found else platform.processor()
 
 
 def _ask(command: Sequence[str] | None) -> tuple[ProbeResult, bool]:

@@ -11,7 +11,7 @@ import pytest
 from make_fixtures import toy_gguf
 
 from mse_runtime import cache, probe
-from mse_runtime.backbone import Backbone, library
+from mse_runtime.backbone import Backbone, cpu, library
 from mse_runtime.errors import BackboneError
 
 
@@ -82,7 +82,7 @@ def test_another_build_or_cpu_is_asked_again(monkeypatch: pytest.MonkeyPatch) ->
     works = child("print('plain'); print('fast')")
     assert not probe.fast_path(works).remembered
     assert probe.fast_path(works).remembered
-    monkeypatch.setattr(probe, "cpu_id", lambda: "another CPU")
+    monkeypatch.setattr(cpu, "model", lambda: "another CPU")
     assert not probe.fast_path(works).remembered
     monkeypatch.setattr("mse_runtime.backbone.library.build_id", lambda: "another build")
     assert not probe.fast_path(works).remembered

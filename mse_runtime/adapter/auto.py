@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import time
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from mse_runtime.errors import DeviceError, MSEError
 __all__ = ["FILE", "open_best"]
 
 FILE = "adapter-auto.json"
-MAX_REMEMBERED = 64
 BUDGET = 0.12  # seconds of measurement in all
 ROUNDS = 30
 WORTH_IT = 0.9  # another backend must need less than this part of ONNX Runtime's time
@@ -83,7 +81,7 @@ def _measured(
     bundle: Bundle, threads: int, provider: Provider, standard: Adapter, rival: str, key: str
 ) -> Adapter:
     """Measure `rival` beside `standard`, remember the result and give the winner."""
-    if not _remember(key, {"trying": rival, "pid": os.getpid()}):
+    if not cache.remember(FILE, key, {"trying": rival, "pid": os.getpid()}):
         return _chosen(standard, "the cache folder cannot be written, so nothing is measured")
     fact: dict[str, Any] | None = None
     try:
@@ -92,7 +90,7 @@ def _measured(
     except MSEError as error:  # not remembered: what is missing may be installed later
         return _chosen(standard, str(error))
     finally:
-        _remember(key, fact)
+        cache.remember(FILE, key, fact)
     winner, loser = (other, standard) if fact["backend"] == rival else (standard, other)
     loser.close()
     return _chosen(winner, str(fact["why"]))
@@ -183,15 +181,6 @@ def cpu_model() -> str:
     except OSError:
         pass
     return platform.processor()
-
-
-def _remember(key: str, fact: dict[str, Any] | None) -> bool:
-    """Write the fact under `key`, or take the key out; False where that cannot be written."""
-    facts = cache.read_json(FILE)
-    facts.pop(key, None)
-    kept: Sequence[tuple[str, Any]] = list(facts.items())[1 - MAX_REMEMBERED :]
-    new = {} if fact is None else {key: fact}
-    return cache.write_json(FILE, {**dict(kept), **new})
 
 
 def _alive(pid: object) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from pathlib import Path
 
-__all__ = ["has_amx", "is_x86", "physical_cores"]
+__all__ = ["has_amx", "is_x86", "model", "physical_cores"]
 
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 
@@ -28,6 +29,20 @@ def physical_cores() -> int:
         except OSError:
             cores.add(str(cpu))
     return max(1, len(cores))
+
+
+def model() -> str:
+    """The processor's model and feature flags, as the kernel gives them."""
+    wanted = ("model name", "flags", "Features", "CPU part")
+    found: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in wanted:
+                found.setdefault(name.strip(), value.strip())
+    except OSError:
+        pass
+    return json.dumps(found, sort_keys=True) if found else platform.processor()
 
 
 def is_x86() -> bool:

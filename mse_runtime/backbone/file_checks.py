@@ -10,7 +10,7 @@ from mse_runtime.gguf import Gguf
 __all__ = ["check_file", "may_repack", "repacking_pays"]
 
 _FULLY_ROTATED = ("llama", "qwen", "qwen2")
-_CACHE, _MAX_REMEMBERED = "vocabularies.json", 64
+_CACHE = "vocabularies.json"
 _MAX_LAYERS = 512  # llama.cpp's own limit
 _FASTER_REPACKED = {"Q4_0", "IQ4_NL", "MXFP4"}  # on x86 without AMX
 
@@ -56,13 +56,13 @@ def _contradiction(gguf: Gguf) -> str:
 
 def _repeats(gguf: Gguf) -> bool:
     """Whether the vocabulary holds a token twice; files that do not are remembered."""
-    name, known = gguf.identity, cache.read_json(_CACHE)
-    if name in known:
+    name = gguf.identity
+    if name in cache.read_json(_CACHE):
         return False
     if gguf.has_repeats("tokenizer.ggml.tokens"):
         return True
     if name is not None:
-        cache.write_json(_CACHE, dict(list(known.items())[1 - _MAX_REMEMBERED :]) | {name: "ok"})
+        cache.remember(_CACHE, name, "ok")
     return False
 
 

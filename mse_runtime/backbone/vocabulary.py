@@ -17,7 +17,7 @@ from mse_runtime.gguf import Gguf
 
 __all__ = ["Vocabulary", "excerpt_for"]
 
-_CACHE, _MAX_REMEMBERED, _AGREES = "excerpts.json", 64, "agrees"
+_CACHE, _AGREES = "excerpts.json", "agrees"
 
 
 def excerpt_for(lib: Any, gguf: Gguf, texts: Sequence[str]) -> Excerpt | None:
@@ -60,15 +60,14 @@ class Vocabulary:
         """Compare an excerpt with the whole, once for a file: the next time it will do."""
         if not texts or self._speller is None or not excerpt.possible(self._gguf):
             return
-        name, known = _name(self._gguf), cache.read_json(_CACHE)
-        if name is None or name in known:
+        name = _name(self._gguf)
+        if name is None or name in cache.read_json(_CACHE):
             return
         try:
             agree = excerpt.agrees(self._lib, self._gguf, self._speller, texts)
         except BackboneError:  # too long, or no kernel library: nothing is known
             return
-        known = dict(list(known.items())[1 - _MAX_REMEMBERED :])
-        cache.write_json(_CACHE, known | {name: _AGREES if agree else "differs"})
+        cache.remember(_CACHE, name, _AGREES if agree else "differs")
 
     def tokenize(self, text: str, special: bool) -> npt.NDArray[np.int32]:
         """As `Speller.tokenize`."""

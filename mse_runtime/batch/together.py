@@ -12,7 +12,7 @@ import statistics
 from typing import TYPE_CHECKING
 
 from mse_runtime import cache, memory
-from mse_runtime.probe import cpu_id
+from mse_runtime.backbone import cpu
 
 if TYPE_CHECKING:
     from mse_runtime.analyzer import Analyzer
@@ -24,7 +24,6 @@ SIZES = (1, 2, 4, 8)
 TRIES = 3  # of each size; the first one also makes room for it
 WORTH_IT = 1.05  # a larger group must save more than this, since its rows wait for each other
 SPARE = 0.25  # of the planned memory must be free besides, or clips go one by one
-MAX_REMEMBERED = 64
 
 
 class GroupSize:
@@ -57,10 +56,7 @@ class GroupSize:
         typical = {size: statistics.median(found) for size, found in self._times.items()}
         limit = WORTH_IT * min(typical.values())
         self._chosen = next(size for size in self._times if typical[size] <= limit)
-        known = cache.read_json(FILE)
-        known.pop(self._key, None)
-        kept = list(known.items())[1 - MAX_REMEMBERED :]
-        cache.write_json(FILE, {**dict(kept), self._key: self._chosen})
+        cache.remember(FILE, self._key, self._chosen)
 
     @property
     def measuring(self) -> bool:
@@ -98,5 +94,5 @@ def _key(analyzer: Analyzer) -> str:
     bundle = analyzer.bundle
     facts = [info[name] for name in ("build", "device", "offloaded_layers", "threads", "product")]
     prompts = [repr(task.prompt) for task in bundle.tasks.values()]
-    text = repr((bundle.backbone.gguf.sha256, prompts, facts, cpu_id()))
+    text = repr((bundle.backbone.gguf.sha256, prompts, facts, cpu.model()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

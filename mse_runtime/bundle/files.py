@@ -100,8 +100,7 @@ def file_sha256(path: Path) -> str:
     """The file's SHA-256, remembered by real path, size, time of change and inode."""
     stat = path.stat()
     key = f"{os.path.realpath(path)}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
-    remembered = cache.read_json(HASHES)
-    known = remembered.get(key)
+    known = cache.read_json(HASHES).get(key)
     if isinstance(known, str):
         return known
     if stat.st_size > ANNOUNCE_BYTES:
@@ -110,8 +109,7 @@ def file_sha256(path: Path) -> str:
     with path.open("rb") as handle:
         while chunk := handle.read(CHUNK):
             digest.update(chunk)
-    kept = list(cache.read_json(HASHES).items())[1 - MAX_REMEMBERED :]
-    cache.write_json(HASHES, {**dict(kept), key: digest.hexdigest()})
+    cache.remember(HASHES, key, digest.hexdigest(), MAX_REMEMBERED)
     return digest.hexdigest()
 
 
