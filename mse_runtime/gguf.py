@@ -14,12 +14,13 @@ import errno
 import math
 import mmap
 import os
+import struct
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -40,13 +41,27 @@ from mse_runtime.gguf_scan import (
 )
 from mse_runtime.quants import BLOCKS, TYPE_NAMES, dequantize
 
-__all__ = ["MAPPINGS", "Gguf", "TensorInfo"]
+__all__ = ["MAPPINGS", "Gguf", "Shortened", "TensorInfo"]
 
 MAPPINGS = threading.Lock()
 """Held while a mapping of a model's file goes, or while addresses of mappings are in use."""
 
 
+_ENTRIES = 16  # where a header counts its metadata entries
+_ARRAY_HEAD = 24  # bytes of an array's entry that are neither its key nor its elements
+_FILLER = b"mse.left_out"
 _SETTLED = 2.0  # seconds; file systems count time in coarser steps than they say
+
+
+class Shortened(NamedTuple):
+    """A header of which parts are left out: zeros between `head` and `tail`."""
+
+    head: bytes
+    tail: bytes
+    size: int
+    """Bytes in all."""
+    data: int
+    """Where the tensors' data begin in the file."""
 
 
 class Gguf:
@@ -68,6 +83,7 @@ class Gguf:
         self._map: mmap.mmap | None = None
         self._stamp = (0, 0)
         self._arrays: dict[str, Array] = {}
+        self._header = (0, 0, 0)  # ends of metadata and of the tensors' table; where data begin
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -96,9 +112,10 @@ class Gguf:
         key, last = _identity(self._file), _last
         if key is None or last is None or last[0] != key:
             self._read()
-            _last = (key, dict(self.metadata), dict(self.tensors), dict(self._arrays), self.version)
+            found = (dict(self.metadata), dict(self.tensors), dict(self._arrays))
+            _last = (key, *found, self.version, self._header)
             return
-        _, metadata, tensors, arrays, self.version = last
+        _, metadata, tensors, arrays, self.version, self._header = last
         self.size = len(self._mapped())
         self.metadata, self.tensors, self._arrays = dict(metadata), dict(tensors), dict(arrays)
 
@@ -120,9 +137,11 @@ class Gguf:
         if n_entries > (scan.end - scan.at) // MIN_KV:
             raise scan.fail(f"it declares {n_entries} metadata entries, more than it can hold")
         self.metadata = dict(self._read_metadata(scan, n_entries))
+        tables = scan.at
         if n_tensors > (scan.end - scan.at) // MIN_TENSOR:
             raise scan.fail(f"it declares {n_tensors} tensors, more than it can hold")
-        self.tensors = self._read_tensors(scan, n_tensors)
+        self.tensors, data = self._read_tensors(scan, n_tensors)
+        self._header = (tables, scan.at, data)
         if self.metadata.get("split.count", 1) not in (0, 1):
             raise BackboneError(
                 f"{self.path} is one part of a split model. Join the parts first: "
@@ -138,7 +157,7 @@ class Gguf:
             else:
                 yield key, scan.scalar(kind, f"the metadata entry {key[:80]!r}")
 
-    def _read_tensors(self, scan: Scan, count: int) -> dict[str, TensorInfo]:
+    def _read_tensors(self, scan: Scan, count: int) -> tuple[dict[str, TensorInfo], int]:
         align = self.metadata.get("general.alignment", 32)
         if not isinstance(align, int) or align < 1 or align & (align - 1):
             raise scan.fail(f"general.alignment is {align!r}, not a power of two")
@@ -166,7 +185,7 @@ class Gguf:
             if name in tensors:
                 raise scan.fail(f"the tensor {name[:80]!r} occurs twice")
             tensors[name] = TensorInfo(name, shape, kind_name, start + offset, size)
-        return tensors
+        return tensors, start
 
     def _mapped(self) -> mmap.mmap:
         if self._map is None:
@@ -298,6 +317,30 @@ class Gguf:
             raise BackboneError(f"{self.path}: the strings of {key!r} cannot be searched.")
         return found
 
+    def header_without(self, prefix: str) -> Shortened:
+        """The header without the arrays whose keys begin with `prefix` (ASCII).
+
+        A text of zeros at the end of the metadata takes their room, so that the tensors' data stay
+        where they are. Raises BackboneError where the arrays are too short for that.
+        """
+        mapped, (metadata, table, data) = self._mapped(), self._header
+        gaps = sorted(
+            (array.offset - _ARRAY_HEAD - len(key), array.end)
+            for key, array in self._arrays.items()
+            if key.startswith(prefix)
+        )
+        filler = struct.pack("<Q", len(_FILLER)) + _FILLER + struct.pack("<I", STRING)
+        left = sum(end - start for start, end in gaps) - len(filler) - 8
+        if left < 0:
+            raise BackboneError(f"{self.path} has no arrays {prefix!r} that could be left out.")
+        entries = struct.unpack_from("<Q", mapped, _ENTRIES)[0] - len(gaps) + 1
+        starts = [_ENTRIES + 8, *(end for _, end in gaps)]
+        kept = [mapped[a:b] for a, b in zip(starts, [*(a for a, _ in gaps), metadata], strict=True)]
+        head = b"".join(
+            (mapped[:_ENTRIES], struct.pack("<Q", entries), *kept, filler, struct.pack("<Q", left))
+        )
+        return Shortened(head, mapped[metadata:table], table, data)
+
     def has_repeats(self, key: str) -> bool:
         """Whether an array of strings holds one twice, as C strings; empty ones don't count.
 
@@ -416,7 +459,10 @@ class Gguf:
         return dequantize(flat, info.type).reshape(info.shape)
 
 
-_last: tuple[Any, dict[str, Scalar], dict[str, TensorInfo], dict[str, Array], int] | None = None
+_Header = tuple[
+    Any, dict[str, Scalar], dict[str, TensorInfo], dict[str, Array], int, tuple[int, int, int]
+]
+_last: _Header | None = None
 
 
 def _identity(file: BinaryIO | None) -> tuple[int, ...] | None:

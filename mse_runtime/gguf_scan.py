@@ -59,6 +59,8 @@ class Array:
     kind: int
     count: int
     offset: int
+    """Of the first element, in bytes from the start of the file."""
+    end: int
 
 
 class Scan:
@@ -111,7 +113,7 @@ class Scan:
             self._skip_strings(count, what)
         else:
             raise self.fail(f"{what} is an array of the unsupported type {kind}")
-        return Array(kind, count, start)
+        return Array(kind, count, start, self.at)
 
     def strings(self, count: int, what: str) -> Iterator[bytes]:
         """The next `count` strings as bytes."""

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from make_fixtures import toy_gguf
 
+from mse_kernels import opening
 from mse_runtime.analyzer import Analyzer
 from mse_runtime.backbone import Backbone, excerpt, library, vocabulary
 from mse_runtime.backbone.excerpt import Excerpt
@@ -131,8 +132,10 @@ def test_the_second_opening_takes_an_excerpt(qwen: Path, monkeypatch: pytest.Mon
         other, words = first.tokenize("another"), first.detokenize(expected[0])
         ends, logits = (first.bos_id, first.eos_id), first.prefill(expected[0])
     monkeypatch.setattr(vocabulary, "load_vocabulary", load)
+    shortened = opening.headers()
     with Backbone.open(qwen, threads=1, texts=SAID) as second:
         assert second._vocabulary._speller is None
+        assert opening.headers() == shortened + library._shortens
         found = [second.tokenize(text, special=s) for text in SAID for s in (False, True)]
         assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
         assert (second.bos_id, second.eos_id) == ends
@@ -170,6 +173,38 @@ def test_the_rest_comes_from_the_file_that_was_opened(tmp_path: Path) -> None:
             file.truncate(path.stat().st_size - 1)
         with pytest.raises(BackboneError, match="was changed"):
             backbone.tokenize("another")
+
+
+@pytest.mark.usefixtures("worth")
+def test_header_and_weights_are_of_the_file_that_was_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one that has its name by the time llama.cpp comes has another header, too."""
+    path = toy_gguf(tmp_path / "m.gguf", "qwen")
+    with Backbone.open(path, threads=1, texts=SAID) as first:
+        expected = first.prefill([20, 21, 22])
+    make, replace = vocabulary.excerpt_for, [True]
+
+    def slow(*arguments: Any) -> Excerpt | None:
+        made = make(*arguments)
+        if replace.pop():
+            toy_gguf(tmp_path / "new.gguf", "llama", n_layer=1).replace(path)
+        else:
+            with path.open("r+b") as file:
+                file.truncate(path.stat().st_size - 1)
+        return made
+
+    monkeypatch.setattr("mse_runtime.backbone.loading.excerpt_for", slow)
+    with Backbone.open(path, threads=1, texts=SAID) as second:
+        assert second._vocabulary._excerpt is not None
+        assert np.array_equal(second.prefill([20, 21, 22]), expected)
+    path = toy_gguf(tmp_path / "n.gguf", "qwen")
+    with monkeypatch.context() as patch:
+        patch.setattr("mse_runtime.backbone.loading.excerpt_for", make)
+        Backbone.open(path, threads=1, texts=SAID).close()
+    replace.append(False)
+    with pytest.raises(BackboneError, match="was changed"):
+        Backbone.open(path, threads=1, texts=SAID)
 
 
 @pytest.mark.usefixtures("worth")

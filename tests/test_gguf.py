@@ -122,6 +122,30 @@ def test_arrays_are_read_on_demand(tmp_path: Path) -> None:
             found.array("nothing")
 
 
+@pytest.mark.parametrize("arch", ARCHES)
+def test_a_shortened_header_is_a_header(tmp_path: Path, arch: str) -> None:
+    path = toy_gguf(tmp_path / "m.gguf", arch)
+    with Gguf.open(path) as gguf:
+        head, tail, size, data = gguf.header_without("tokenizer.ggml.t")
+        made = head + bytes(size - len(head) - len(tail)) + tail
+        short = tmp_path / "short.gguf"
+        short.write_bytes(made + path.read_bytes()[size:])
+        assert path.read_bytes()[size:data].strip(b"\0") == b""
+        with Gguf.open(short) as other:
+            assert other.tensors == gguf.tensors
+            texts = dict(other.metadata)
+            assert not texts.pop("mse.left_out").strip("\0")  # type: ignore[union-attr]
+            assert texts == gguf.metadata
+            gone = {key for key in gguf._arrays if key.startswith("tokenizer.ggml.t")}
+            assert len(gone) == 2
+            assert other._arrays.keys() == gguf._arrays.keys() - gone
+            for key in other._arrays:
+                assert other.array(key) == gguf.array(key)
+        for prefix in ("no such", "general."):
+            with pytest.raises(BackboneError, match="left out"):
+                gguf.header_without(prefix)
+
+
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0", "q4_0"])
 def test_rows_are_those_of_the_whole_table(tmp_path: Path, dtype: str) -> None:
     path = toy_gguf(tmp_path / "m.gguf", "llama", dtype=dtype)

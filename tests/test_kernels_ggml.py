@@ -27,6 +27,7 @@ UNITS = {
     "ggml_attention_avx2": AVX2,
     "ggml_attention_avx512": (*AVX2, *AVX512),
     "ggml_threads": (),
+    "ggml_opening": (),
     "tap": (),
     "reports": (),
     "strings": (),

@@ -1,6 +1,6 @@
-// What llama.cpp calls (src/ggml_mapped.cpp, src/ggml_attention.cpp, src/tap.cpp, src/reports.cpp), and the
-// search of its vocabularies (src/strings.cpp), under the
-// sanitizers: buffers of exactly the size that is needed, random shapes.
+// What llama.cpp calls (src/ggml_mapped.cpp, src/ggml_attention.cpp, src/ggml_opening.cpp, src/tap.cpp,
+// src/reports.cpp), and the search of its vocabularies (src/strings.cpp), under the sanitizers: buffers of
+// exactly the size that is needed, random shapes.
 //
 //   ggml ROUNDS SEED KERNEL...
 #include <algorithm>
@@ -25,6 +25,15 @@ extern "C" void mse_mapped_use(void *original, void *original_tiled, int32_t ker
 extern "C" void ggml_compute_forward_flash_attn_ext(const void *params, mse_ggml::Tensor *result);
 extern "C" void mse_attention_use(void *original, int32_t kernel);
 extern "C" uint64_t mse_attention_calls(void);
+
+extern "C" void mse_opening_use(const void *functions);
+extern "C" void mse_opening_header(const void *wanted);
+extern "C" void ggml_backend_buffer_clear(void *buffer, uint8_t value);
+struct Params {
+  bool no_alloc;
+  void **tensors;
+};
+extern "C" void *gguf_init_from_file(const char *path, Params params);
 
 static std::mt19937 random_bits;
 
@@ -148,6 +157,61 @@ static bool reports() {
   return found == std::min(n + 1, 600) && level == 4 && length == whole;
 }
 
+// Llama.cpp's functions, as src/ggml_opening.cpp calls them: a header is the bytes that were read, and a
+// buffer a piece of memory.
+static const size_t header_data = 4096;
+static std::vector<uint8_t> read_header, memory;
+static void *from_file(const char *, Params) { return nullptr; }
+static void *from_callback(size_t (*read)(void *, void *, uint64_t, size_t), void *user, size_t, uint64_t,
+                           Params) {
+  read_header.clear();
+  for (;;) {
+    std::vector<uint8_t> piece(1 + below(900));
+    piece.resize(read(user, piece.data(), read_header.size(), piece.size()));
+    if (piece.empty()) return &read_header;
+    read_header.insert(read_header.end(), piece.begin(), piece.end());
+  }
+}
+static size_t data_offset(const void *) { return header_data; }
+static void nothing(void *) {}
+static void clear(void *, uint8_t value) { std::fill(memory.begin(), memory.end(), value); }
+static const char *buffer_name(void *) { return below(4) ? "CPU" : "CUDA0"; }
+static void *buffer_base(void *) { return memory.data(); }
+static size_t buffer_size(void *) { return memory.size(); }
+
+static bool opening() {
+  const struct {
+    void *(*from_file)(const char *, Params);
+    decltype(&from_callback) callback;
+    size_t (*offset)(const void *);
+    void (*free)(void *), (*free_tensors)(void *);
+    void (*clear)(void *, uint8_t);
+    const char *(*name)(void *);
+    void *(*base)(void *);
+    size_t (*size)(void *);
+  } functions = {from_file, from_callback, data_offset, nothing, nothing, clear, buffer_name, buffer_base, buffer_size};
+  mse_opening_use(&functions);
+  std::vector<uint8_t> head(below(1000), 'h'), tail(below(1000), 't');
+  const size_t gap = below(1000), size = head.size() + gap + tail.size();
+  const struct {
+    const char *path;
+    const void *head, *tail;
+    uint64_t head_size, tail_size, size, data;
+  } wanted = {"file", head.data(), tail.data(), head.size(), tail.size(), size, header_data};
+  mse_opening_header(&wanted);
+  const bool taken = gguf_init_from_file("file", {true, nullptr}) && !gguf_init_from_file("other", {true, nullptr});
+  mse_opening_header(nullptr);
+  if (!taken || gguf_init_from_file("file", {true, nullptr})) return printf("a header of another file\n"), false;
+  head.insert(head.end(), gap, 0);
+  head.insert(head.end(), tail.begin(), tail.end());
+  if (head != read_header) return printf("a header of %zu bytes\n", size), false;
+  memory.assign(1 + below(40000), 9);
+  memory.shrink_to_fit();
+  const auto value = static_cast<uint8_t>(below(2));
+  ggml_backend_buffer_clear(nullptr, value);
+  return std::all_of(memory.begin(), memory.end(), [=](uint8_t byte) { return byte == value; });
+}
+
 static bool strings() {
   std::vector<uint8_t> data, text(below(300)), always;
   const int count = below(60);
@@ -183,7 +247,7 @@ int main(int argc, char **argv) {
     mse_mapped_use(nullptr, nullptr, kernel, 1);
     for (int i = 0; i < rounds; i++) {
       mse_attention_use(nullptr, kernel > 2 && i % 2 ? 2 : 1);  // AVX-512 where the products have it
-      if (!mapped(kernel == kAmx) || !attention() || !tap() || !reports() || !strings())
+      if (!mapped(kernel == kAmx) || !attention() || !tap() || !reports() || !strings() || !opening())
         return printf("kernel %d, round %d\n", kernel, i), 1;
     }
   }

@@ -50,7 +50,10 @@ def preload() -> Any:
         lib.mse_mapped_use.argtypes = [pointer, pointer, number, number]
         lib.mse_attention_use.argtypes = [pointer, number]
         lib.mse_mapped_use.restype = lib.mse_attention_use.restype = None
-        lib.mse_mapped_calls.restype = lib.mse_attention_calls.restype = ctypes.c_uint64
+        lib.mse_opening_use.argtypes = lib.mse_opening_header.argtypes = [pointer]
+        lib.mse_opening_use.restype = lib.mse_opening_header.restype = None
+        for count in ("mapped_calls", "attention_calls", "opening_headers", "opening_bytes"):
+            getattr(lib, f"mse_{count}").restype = ctypes.c_uint64
         return lib
     return None
 

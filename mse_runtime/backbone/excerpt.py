@@ -99,10 +99,11 @@ class Excerpt:
         tokens = gguf.strings_within(f"{_KEY}tokens", within, always=always)
         merges = gguf.strings_within(f"{_KEY}merges", spelled, pairs=True)
         self._ids = np.array([number for number, _ in tokens], np.int32)
+        said = _END.encode().join(raw)
         self._special = [
             text.decode(errors="replace")
             for number, text in tokens
-            if types[number] != _NORMAL and text and any(text in one for one in raw)
+            if types[number] != _NORMAL and text and text in said
         ]
         self._model = _load(
             lib, gguf, [text for _, text in tokens], types[self._ids].astype("<i4"),

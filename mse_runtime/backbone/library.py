@@ -16,19 +16,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mse_runtime import cache
+from mse_runtime.backbone import cpu
 from mse_runtime.backbone.reports import redirect_log
 from mse_runtime.errors import BackboneError
+from mse_runtime.gguf import Gguf
 
 __all__ = [
     "Device", "attention", "build_id", "devices", "folder", "kernel", "load", "mapped_types",
 ]  # fmt: skip
 
-_PACKAGE = "llama_cpp"
+_PACKAGE, _CACHE = "llama_cpp", "kernels.json"
 _SPINS = 8000  # some hundred microseconds
 _lock = threading.Lock()
 _library: Any = None
 _kernel: str | None = None
 _attention: str | None = None
+_shortens = False
 _mapped: tuple[str, ...] = ()
 
 
@@ -119,10 +123,10 @@ def _patience() -> Iterator[None]:
 
 @contextmanager
 def _faster_functions(where: Path) -> Iterator[None]:
-    """Around the loading of llama.cpp: our products and attention, where there are any."""
-    global _kernel, _mapped, _attention
+    """Around the loading of llama.cpp: our functions in place of its own, where there are any."""
+    global _kernel, _mapped, _attention, _shortens
     try:
-        from mse_kernels import attention, ggml, mapped, theirs
+        from mse_kernels import ggml, mapped, opening, theirs
     except ImportError:  # the kernels are optional
         yield
         return
@@ -132,10 +136,47 @@ def _faster_functions(where: Path) -> Iterator[None]:
         return
     ggml.preload()
     yield
-    _attention = attention.settle(where)
-    _kernel = mapped.settle(where)
+    _shortens = opening.settle(_import_bindings()._lib)
+    _attention, _kernel = _settled(where)
     if _kernel:
         _mapped = mapped.types_of(_kernel, where)
+
+
+def _settled(where: Path) -> tuple[str | None, str | None]:
+    """The kernels for attention and weights, which compute from now on.
+
+    They are compared with llama.cpp's own once for a build and a processor.
+    """
+    from mse_kernels import attention, ggml, mapped
+
+    key = hashlib.sha256(f"{build_id()} {cpu.model()}".encode()).hexdigest()[:24]
+    known = cache.read_json(_CACHE).get(key)
+    match known:
+        case [str(first), str(second)] if first in attention.kernels() and second in ggml.kernels():
+            attention.use(first, where)
+            mapped.use(second, where)
+            return first, second
+    found = attention.settle(where), mapped.settle(where)
+    if all(found):
+        cache.remember(_CACHE, key, found)
+    return found
+
+
+@contextmanager
+def without_arrays(gguf: Gguf, prefix: str) -> Iterator[Path]:
+    """While it lasts, llama.cpp opens this path to the file, in this thread, as if the file lacked
+    the metadata arrays whose keys begin with `prefix`; with them where that cannot be.
+
+    Raises BackboneError where the file is not the one that was opened.
+    """
+    path = gguf.same_file()  # by its name another could be there, which has not this header
+    if not _shortens:
+        yield path
+        return
+    from mse_kernels.opening import shortened
+
+    with shortened(os.fsencode(path), *gguf.header_without(prefix)):
+        yield path
 
 
 def kernel() -> str | None:

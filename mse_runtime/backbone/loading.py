@@ -7,6 +7,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +30,7 @@ _KV_TYPES = {"f32": 0, "f16": 1}
 _MMAP, _READ = 1, 0  # llama_load_mode
 _PLAIN_ROPE = {-1, 0, 2}  # none, norm, neox; the others take several positions for each token
 _BUFFER = re.compile(r":\s+(\S+)\s+(model|KV|compute|output) buffer size\s*=\s*([\d.]+) MiB")
+_VOCABULARY = "tokenizer.ggml."
 _LOADING = threading.Lock()
 """Models load in turns: llama.cpp unmaps parts of files at the end (see `CopiedPages`)."""
 _REPACKED = "CPU_REPACK model"
@@ -192,7 +194,7 @@ def _load_weights(
     params = lib.llama_model_default_params()
     if not vocabulary:
         none = (lib.llama_model_kv_override * 3)()  # the last one, without a key, ends them
-        none[0].key, none[0].tag = b"tokenizer.ggml.model", lib.LLAMA_KV_OVERRIDE_TYPE_STR
+        none[0].key, none[0].tag = f"{_VOCABULARY}model".encode(), lib.LLAMA_KV_OVERRIDE_TYPE_STR
         none[0].value.val_str = b"no_vocab"
         none[1].key, none[1].tag = (
             f"{gguf.arch}.vocab_size".encode(),
@@ -225,8 +227,10 @@ def _load_weights(
     params.progress_callback, params.progress_callback_user_data = callback, user_data
     if progress is not None:
         progress(0.0)  # llama.cpp's own first call is after the file is mapped, and read
-    with _LOADING:
-        model = lib.llama_model_load_from_file(os.fsencode(gguf.path), params)
+    # With a vocabulary of our own llama.cpp need not read the file's.
+    file = nullcontext(gguf.path) if vocabulary else library.without_arrays(gguf, _VOCABULARY)
+    with _LOADING, file as path:
+        model = lib.llama_model_load_from_file(os.fsencode(path), params)
     if raised:
         if model:
             free_model(lib, model)
