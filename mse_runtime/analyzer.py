@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mse_runtime import background, heap, kept_prefix
+from mse_runtime import ahead, background, heap, kept_prefix
 from mse_runtime.bundle import Bundle, Task, load_bundle
 from mse_runtime.bundle.hub import resolve_bundle
 from mse_runtime.errors import UsageError
@@ -47,8 +47,6 @@ PASS, SEQUENCES = 512, 250
 """Positions that llama.cpp takes in one piece, and sequences that it knows."""
 FILLERS = 16
 """Rows that may fill a pass up (`backbone.batch.fillers`)."""
-NEARLY = 0.1
-"""Seconds for which one pass that waits is cheaper than two."""
 # Stages of `extract`, as the result names them.
 STAGES = {"probe": "decode", "decode": "decode", "audio": "features", "face": "features"}
 
@@ -236,8 +234,6 @@ class Analyzer(Loaded):
             try:
                 with watch.stage("prefill"):
                     known = self._prefill_constant(backbone, prompt)
-                wait([features], NEARLY)
-                with watch.stage("prefill"):
                     pending = self._prefill_early(backbone, prompt, known, features)
                 found = features.result()
                 for stage, seconds in _spent(found) if fresh else ():
@@ -393,16 +389,15 @@ class Analyzer(Loaded):
         known: positions that are there already.
 
         It pays where more of the prompt stands before the pseudo tokens than after, and the
-        features are still being extracted: otherwise one pass is cheaper than two. The constant
-        part is a pass of its own whether or not it is cached, so that an answer does not depend on
-        what was asked before.
+        features are still being extracted (`ahead`): otherwise one pass is cheaper than two. The
+        constant part is a pass of its own whether or not it is cached, so that an answer does not
+        depend on what was asked before.
         """
         pending = prompt.early[known:]
         if len(prompt.early) <= len(prompt.late) or not len(pending):
             return pending
-        if features.done():
+        if features.done() or not ahead.prefill(backbone, self.bundle, pending, features):
             return pending
-        backbone.prefill(backbone.embed(pending), logits="none")
         return pending[:0]
 
     def _prefill_constant(self, backbone: Backbone, prompt: Prompt) -> int:

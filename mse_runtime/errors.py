@@ -13,6 +13,7 @@ __all__ = [
     "DeviceError",
     "MSEError",
     "MediaError",
+    "StoppedError",
     "UsageError",
 ]
 
@@ -55,3 +56,7 @@ class BackboneError(MSEError):
 
 class DecodeError(BackboneError):
     """A pass that llama.cpp itself gave up: it may go through with less in memory."""
+
+
+class StoppedError(BackboneError):
+    """A pass that was given up because somebody asked for it."""

@@ -1,4 +1,4 @@
-"""Cutting llama.cpp's graph short: `mse_tap` of abi.h through ctypes."""
+"""Ending llama.cpp's passes early: `mse_tap` and `mse_stop_asked` of abi.h through ctypes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from mse_kernels._cpu import library
 
-__all__ = ["Tap"]
+__all__ = ["Stop", "Tap"]
 
 _NAME = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p)
 _SIZE = ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_void_p)
@@ -72,6 +72,23 @@ class Tap:
         if rest:
             raise ValueError(f"the tensor had {self._struct.taken} bytes")
         return self._rows[:n]
+
+
+class Stop:
+    """A `ggml_abort_callback`, which ends a pass at the next node once it is `set`.
+
+    `callback` and `user_data` are addresses, good for as long as this object lives.
+    """
+
+    def __init__(self) -> None:
+        """Raises UnavailableError without the kernel library, AttributeError where it is older."""
+        self._flag = ctypes.c_int32()
+        self.callback = ctypes.cast(library().mse_stop_asked, ctypes.c_void_p)
+        self.user_data = ctypes.c_void_p(ctypes.addressof(self._flag))
+
+    def set(self) -> None:
+        """By any thread."""
+        self._flag.value = 1
 
 
 def _address(function: Any, kind: Any) -> Any:

@@ -118,6 +118,9 @@ typedef struct mse_tap {
 // A ggml_backend_sched_eval_callback; `tap` is a mse_tap.
 MSE_API bool mse_tap_node(const void *tensor, bool ask, void *tap);
 
+// A ggml_abort_callback: whether the int32 at `flag` is not zero. Another thread may set it.
+MSE_API bool mse_stop_asked(void *flag);
+
 // What llama.cpp reports, without entering Python each time: that means waiting until no other thread
 // runs it.
 

@@ -1,5 +1,6 @@
-// The callback that llama.cpp's scheduler asks about every node of its graph: hundreds of times a
-// pass, from threads that must not wait for Python.
+// The callbacks that llama.cpp asks about every node of its graph: hundreds of times a pass, from threads
+// that must not wait for Python.
+#include <atomic>
 #include <cstring>
 
 #include "abi.h"
@@ -12,4 +13,8 @@ extern "C" bool mse_tap_node(const void *tensor, bool ask, void *user) {
   tap->read(tensor, tap->rows, 0, size);
   tap->taken = static_cast<int64_t>(size);
   return false;  // nothing after it
+}
+
+extern "C" bool mse_stop_asked(void *flag) {
+  return static_cast<std::atomic<int32_t> *>(flag)->load(std::memory_order_relaxed) != 0;
 }

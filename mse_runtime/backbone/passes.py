@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +16,7 @@ from mse_runtime.backbone.head import Head
 from mse_runtime.backbone.loading import Handles, Options
 from mse_runtime.backbone.reports import log_errors, log_mark
 from mse_runtime.backbone.sequences import Sequences
-from mse_runtime.errors import BackboneError, DecodeError
+from mse_runtime.errors import BackboneError, DecodeError, StoppedError
 from mse_runtime.gguf import Gguf
 
 __all__ = ["Passes"]
@@ -32,6 +35,29 @@ class Passes(Sequences):
     def __init__(self, gguf: Gguf, handles: Handles, options: Options) -> None:
         super().__init__(gguf, handles, options)
         self._head = Head(gguf)
+
+    @contextmanager
+    def aside(self) -> Iterator[Callable[[], None]]:
+        """For passes beside other work: they leave it a core, and can be stopped.
+
+        Gives a function that any thread may call, while this lasts or later: a pass that runs then
+        raises StoppedError, the sequence being left as it was, and so do those that follow. It does
+        nothing where the kernels' library is missing. No other thread may begin a pass meanwhile.
+        """
+        with self._lock:
+            self._check_open()
+            usual, stop = int(self.info["threads"]), _stop()
+            fewer = max(1, usual - 1)
+            self._lib.llama_set_n_threads(self._context, fewer, fewer)
+            if stop is not None:
+                callback = ctypes.cast(stop.callback, self._lib.ggml_abort_callback)
+                self._lib.llama_set_abort_callback(self._context, callback, stop.user_data)
+            try:
+                yield stop.set if stop is not None else _nothing
+            finally:
+                none = self._lib.ggml_abort_callback()
+                self._lib.llama_set_abort_callback(self._context, none, None)
+                self._lib.llama_set_n_threads(self._context, usual, usual)
 
     def _decode(self, entries: Entries, before: dict[int, int], only: Ids | None = None) -> Floats:
         """Run the entries in as few passes as fit: the wanted logits [k, n_vocab] in order.
@@ -111,6 +137,8 @@ class Passes(Sequences):
             self._rounding.finish(decoded=code == 0)
         if code == 0:
             return
+        if code == 2:
+            raise StoppedError("The pass was stopped. Nothing of it is in the cache.")
         if code == 1:
             raise NoRoom(
                 f"The KV cache has no room for {len(entries)} more positions (n_ctx {self.n_ctx}, "
@@ -121,3 +149,17 @@ class Passes(Sequences):
             f"{log_errors(mark) or 'no reason given'}. Clear the sequence and try again; "
             "if it stays, run mse-doctor."
         )
+
+
+def _stop() -> Any:
+    """A `mse_kernels.tap.Stop`; None where there are no kernels, or older ones."""
+    try:
+        from mse_kernels.tap import Stop
+
+        return Stop()
+    except (ImportError, RuntimeError, AttributeError):
+        return None
+
+
+def _nothing() -> None:
+    pass
