@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from mse_runtime import __version__, background
+from mse_runtime import __version__
 from mse_runtime.errors import MSEError, UsageError
 
 if TYPE_CHECKING:
@@ -394,16 +394,19 @@ def _plan_only(_arguments: tuple[str, ...], options: dict[str, Any]) -> None:
 def _reads_apart(options: dict[str, Any]) -> bool:
     """Whether a process beside reads the clip: not where it would only take turns with this one,
     where memory is short, or for a plot, whose pictures stay here."""
-    beside = background.cores() > 1 and bool(sys.executable)
-    return beside and not options["low_memory"] and not options["plot"]
+    from mse_runtime.features.pool import can_help
+
+    return can_help() and not options["low_memory"] and not options["plot"]
 
 
 def _reader(options: dict[str, Any]) -> AbstractContextManager[FeaturePool | None]:
     """The process that reads the clip, on its way before anything large is imported here."""
     if not _reads_apart(options):
         return nullcontext()
-    from mse_runtime.features.pool import FeaturePool
+    from mse_runtime.features.pool import FeaturePool, take_early
 
+    if early := take_early():
+        return early
     pool = FeaturePool(once=True, verbose=options["verbose"])
     try:
         pool.start()

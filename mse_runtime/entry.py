@@ -14,14 +14,23 @@ from importlib import import_module
 
 TYPE_CHECKING = False  # until the handler is in place nothing may take long
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import FrameType
     from typing import NoReturn
+
+_NO_READER = frozenset(
+    (
+        "--features", "--features-only", "--explain-features", "--batch", "--plot", "--low-memory",
+        "--verbose", "-v", "--version", "--help", "-h",
+    )
+)  # fmt: skip
+"""Options of mse-run that need no process to read a clip, or another one."""
 
 __all__ = ["mse_doctor", "mse_eval", "mse_export", "mse_run", "mse_train"]
 
 
 def mse_run() -> None:
-    _enter("mse-run", "mse_runtime.cli")
+    _enter("mse-run", "mse_runtime.cli", _start_reader)
 
 
 def mse_eval() -> None:
@@ -40,7 +49,7 @@ def mse_train() -> None:
     _enter("mse-train", "mse_export.training.cli")
 
 
-def _enter(name: str, module: str) -> None:
+def _enter(name: str, module: str, before: Callable[[], None] | None = None) -> None:
     def interrupted(_number: int = 0, _frame: FrameType | None = None) -> NoReturn:
         os.write(2, f"{name}: interrupted\n".encode())
         os._exit(130)
@@ -51,6 +60,8 @@ def _enter(name: str, module: str) -> None:
         signal.signal(signal.SIGINT, interrupted)
     _speak_utf8()
     import_module("mse_runtime.heap").collect_late()
+    if before is not None:
+        before()
     main = import_module(module).main
     if ours:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -58,6 +69,17 @@ def _enter(name: str, module: str) -> None:
         main()
     except KeyboardInterrupt:
         interrupted()
+
+
+def _start_reader() -> None:
+    """Start the process that reads a clip while this one is still about to parse its arguments.
+
+    Where they do not look like those of a single clip, `mse_runtime.cli` does so later, or not.
+    """
+    words = sys.argv[1:]
+    names = [word.partition("=")[0] for word in words]
+    if _NO_READER.isdisjoint(names) and any(map(os.path.isfile, words)):
+        import_module("mse_runtime.features.pool").start_early()
 
 
 def _speak_utf8() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,8 +17,9 @@ from pathlib import Path
 import pytest
 from fault_tools import CLIP, ROOT, command, decoder_traps
 
-from mse_runtime import Analyzer, background
+from mse_runtime import Analyzer, background, entry
 from mse_runtime.errors import MediaError, MSEError
+from mse_runtime.features import pool as pool_module
 from mse_runtime.features.pool import FeaturePool
 from mse_runtime.features.spec import Features
 from mse_runtime.memory import measured
@@ -128,6 +130,52 @@ def test_without_another_process_this_one_reads_the_clip() -> None:
     done = command(CLIP, TEXT, "--end", "1", before=code)
     assert done.returncode == 0, done.stderr
     assert "positive" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "early"),
+    [
+        ([str(CLIP), TEXT], True),
+        (["--task=emotion", str(CLIP), TEXT, "--jsonl"], True),
+        (["--bundle", "tiny", "--plan", str(CLIP), TEXT], True),
+        ([TEXT, str(CLIP)], True),  # an error, which this is too early to see
+        (["no such clip.mp4", TEXT], False),
+        (["x" * 5000, "a\nb"], False),
+        ([], False),
+        (["--help"], False),
+        ([str(CLIP), TEXT, "--plot=a.png"], False),
+        ([str(CLIP), TEXT, "--low-memory"], False),
+        ([str(CLIP), TEXT, "-v"], False),
+        ([str(CLIP), "--features-only", "-o", "f.npz"], False),
+        (["--batch", str(CLIP), "-o", "x.jsonl"], False),
+    ],
+)
+def test_the_process_starts_before_the_command_line_is_understood(
+    words: list[str], early: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[bool] = []
+    monkeypatch.setattr(sys, "argv", ["mse-run", *words])
+    monkeypatch.setattr(pool_module, "start_early", lambda: started.append(True))
+    entry._start_reader()
+    assert started == [True] * early
+
+
+def test_an_early_process_is_used_once_or_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pool_module.take_early() is None
+    pool_module.start_early()
+    with contextlib.closing(pool_module.take_early()) as pool:  # type: ignore[type-var]
+        assert isinstance(pool, FeaturePool)
+        assert len(children(os.getpid())) == 1
+        assert pool_module.take_early() is None
+        request = {"path": str(CLIP), "audio_spec": "lld13/1", "face_spec": None, "end": 0.5}
+        assert pool.submit(request).result().audio is not None
+    assert children(os.getpid()) == []
+    monkeypatch.setattr(background, "cores", lambda: 1)
+    pool_module.start_early()
+    assert pool_module.take_early() is None
+    done = command(CLIP)  # without a text
+    assert done.returncode == 2
+    assert done.stderr.startswith("mse-run: Give a clip and its text")
 
 
 def test_a_process_that_reads_once_is_gone_after_its_clip() -> None:

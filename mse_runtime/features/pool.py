@@ -21,12 +21,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
+from mse_runtime import background
 from mse_runtime.errors import BundleError, MediaError, MSEError, UsageError
 
 if TYPE_CHECKING:
     from mse_runtime.features.spec import Features
 
-__all__ = ["FeaturePool"]
+__all__ = ["FeaturePool", "can_help", "start_early", "take_early"]
 
 # The parent's import path, not the current folder: a file beside the clips is not a module.
 CHILD = (
@@ -39,6 +40,38 @@ MAX_REPLY = 1 << 16
 PIECE = 1 << 20
 LOOK = 0.5
 """Seconds between two looks whether the pool was closed."""
+
+
+_early: FeaturePool | None = None
+
+
+def can_help() -> bool:
+    """Whether a process beside this one gets anywhere while this one works."""
+    return background.cores() > 1 and bool(sys.executable)
+
+
+def start_early() -> None:
+    """For a command that reads one clip: its process, before the command line is understood.
+
+    Nothing happens where it would only take turns with this one, or where none can be started.
+    """
+    global _early
+    if not can_help():
+        return
+    pool = FeaturePool(once=True)
+    try:
+        pool.start()
+    except OSError:
+        pool.close()
+    else:
+        _early = pool
+
+
+def take_early() -> FeaturePool | None:
+    """What `start_early` has made, once."""
+    global _early
+    pool, _early = _early, None
+    return pool
 
 
 class FeaturePool:
@@ -181,6 +214,8 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
+            # NumPy sees small matrices only, and its BLAS workers would just spin.
+            env={"OPENBLAS_NUM_THREADS": "1", **os.environ},
             start_new_session=True,  # Ctrl-C is the parent's to handle
         )  # fmt: skip
         self._process = made
