@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mse_runtime import cache
+from mse_runtime import cache, cpu
 from mse_runtime.errors import StoppedError
 from mse_runtime.sizing import SMALL_MODEL
 
@@ -62,8 +62,6 @@ def prefill(
 
 def _key(backbone: Backbone, bundle: Bundle, n: int) -> str:
     """What its duration depends on: model, machine, llama.cpp with its settings, and rows."""
-    from mse_runtime.backbone import cpu
-
     facts = [
         backbone.info[name]
         for name in ("build", "device", "offloaded_layers", "threads", "extra_bufts", "product")

@@ -394,7 +394,7 @@ def _plan_only(_arguments: tuple[str, ...], options: dict[str, Any]) -> None:
 def _reads_apart(options: dict[str, Any]) -> bool:
     """Whether a process beside reads the clip: not where it would only take turns with this one,
     where memory is short, or for a plot, whose pictures stay here."""
-    from mse_runtime.features.pool import can_help
+    from mse_runtime.features.child import can_help
 
     return can_help() and not options["low_memory"] and not options["plot"]
 
@@ -403,10 +403,8 @@ def _reader(options: dict[str, Any]) -> AbstractContextManager[FeaturePool | Non
     """The process that reads the clip, on its way before anything large is imported here."""
     if not _reads_apart(options):
         return nullcontext()
-    from mse_runtime.features.pool import FeaturePool, take_early
+    from mse_runtime.features.pool import FeaturePool
 
-    if early := take_early():
-        return early
     pool = FeaturePool(once=True, verbose=options["verbose"])
     try:
         pool.start()

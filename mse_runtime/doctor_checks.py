@@ -62,7 +62,7 @@ def machine() -> Iterator[Finding]:
     known = [flag for flag in CPU_FLAGS if flag in flags]
     name = fields.get("model name") or platform.processor() or "unknown"
     yield Finding("CPU", "ok", f"{name}; {', '.join(known) or 'no known vector extension'}")
-    cores = importlib.import_module("mse_runtime.backbone.cpu").physical_cores
+    cores = importlib.import_module("mse_runtime.cpu").physical_cores
     yield Finding("cores", "ok", f"{cores()} physical cores for this process: default threads")
     yield _memory()
 

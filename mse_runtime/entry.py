@@ -79,7 +79,7 @@ def _start_reader() -> None:
     words = sys.argv[1:]
     names = [word.partition("=")[0] for word in words]
     if _NO_READER.isdisjoint(names) and any(map(os.path.isfile, words)):
-        import_module("mse_runtime.features.pool").start_early()
+        import_module("mse_runtime.features.child").start_early()
 
 
 def _speak_utf8() -> None:

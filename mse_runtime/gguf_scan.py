@@ -10,10 +10,10 @@ import math
 import mmap
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from mse_runtime.errors import BackboneError
+from mse_runtime.records import dataclass
 
 __all__ = [
     "ARRAY", "FORMATS", "MAGIC", "MAX_DIMS", "MIN_KV", "MIN_TENSOR", "STRING",

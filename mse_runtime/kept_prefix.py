@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from mse_runtime import background
+from mse_runtime import background, cpu
 from mse_runtime.cache import cache_dir
 from mse_runtime.errors import BackboneError
 from mse_runtime.sizing import SMALL_MODEL
@@ -72,7 +72,6 @@ def _pays(bundle: Bundle, ids: NDArray[np.int32]) -> bool:
 
 
 def _path(backbone: Backbone, bundle: Bundle, ids: NDArray[np.int32]) -> Path:
-    from mse_runtime.backbone import cpu
 
     facts = [backbone.info[name] for name in SETTINGS]
     facts.append(min(backbone.n_batch, len(ids)))  # after `shrink` sums are cut at other places

@@ -8,12 +8,13 @@ Labels that are a prefix of another cannot be told apart this way and are refuse
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mse_runtime.errors import BundleError
+from mse_runtime.records import dataclass
 
 __all__ = ["LabelTrie"]
 

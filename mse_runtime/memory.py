@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+
+from mse_runtime.records import dataclass
 
 __all__ = ["Measured", "available", "measured"]
 

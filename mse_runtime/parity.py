@@ -6,11 +6,12 @@ over the label trie is what people should use.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mse_runtime.records import dataclass
 
 __all__ = ["Generated", "generate", "parse"]
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mse_runtime import memory
 from mse_runtime.errors import BackboneError, DeviceError
 from mse_runtime.gguf import Gguf
+from mse_runtime.records import dataclass
 
 if TYPE_CHECKING:
     from mse_runtime.backbone import Backbone

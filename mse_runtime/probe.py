@@ -17,11 +17,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from mse_runtime import cache
+from mse_runtime import cache, cpu
 from mse_runtime.errors import BackboneError
+from mse_runtime.records import dataclass
 
 __all__ = ["ProbeResult", "fast_path"]
 
@@ -64,7 +64,7 @@ def fast_path(command: Sequence[str] | None = None, *, force: bool = False) -> P
     command: what to run instead of the real child (for tests). force: ask again.
     Raises BackboneError where the build doesn't run on this CPU at all.
     """
-    from mse_runtime.backbone import cpu, library
+    from mse_runtime.backbone import library
 
     key = hashlib.sha256(f"{library.build_id()} {cpu.model()}".encode()).hexdigest()[:24]
     if not force and isinstance(entry := cache.read_json(_CACHE).get(key), dict):

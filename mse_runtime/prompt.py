@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mse_runtime.errors import BundleError, UsageError
+from mse_runtime.records import dataclass
 
 if TYPE_CHECKING:
     from mse_runtime.bundle import Segment, TextInput

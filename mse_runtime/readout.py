@@ -8,7 +8,6 @@ expected value, the arg max and the standard deviation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from mse_runtime.labels import LabelTrie
 from mse_runtime.prompt import Tokenizer
+from mse_runtime.records import dataclass
 
 if TYPE_CHECKING:
     from mse_runtime.bundle import Task

@@ -6,10 +6,10 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mse_runtime.readout import intensity
+from mse_runtime.records import dataclass
 
 if TYPE_CHECKING:
     from mse_runtime.parity import Generated

@@ -271,8 +271,8 @@ def test_repacking_pays_for_some_types_on_some_processors(
     pays: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("mse_runtime.backbone.cpu.has_amx", lambda: amx)
-    monkeypatch.setattr("mse_runtime.backbone.cpu.is_x86", lambda: x86)
+    monkeypatch.setattr("mse_runtime.cpu.has_amx", lambda: amx)
+    monkeypatch.setattr("mse_runtime.cpu.is_x86", lambda: x86)
     monkeypatch.setattr("mse_runtime.backbone.library.mapped_types", lambda: mapped)
     tensors = {
         f"blk.{i}.{kind}": TensorInfo(f"blk.{i}.{kind}", (8, 256), kind, 0, size)

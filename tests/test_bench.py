@@ -190,3 +190,15 @@ def test_report_names_every_bench(bench: dict[str, ModuleType]) -> None:
     assert scripts == {"latency.py", "memory.py", "throughput.py", "neighbour.py", "slopes.py",
                        "layouts.py", "features.py", "adapter.py"}  # fmt: skip
     assert all((BENCH / script).exists() for script in scripts)
+
+
+def test_a_file_is_ready_whatever_the_page_cache_had_of_it(
+    bench: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    common = bench["common"]
+    (tmp_path / "m.gguf").write_bytes(bytes(5 << 20))
+    (tmp_path / "empty.gguf").touch()
+    for _ in range(2):
+        common.machine_ready(tmp_path)
+    assert common._always_small <= {tmp_path / "m.gguf"}
+    common._always_small.clear()

@@ -163,7 +163,7 @@ def test_a_read_only_cache_changes_no_answer(empty: bool, tmp_path: Path) -> Non
     ask = (CLIP, "I love it.", "--jsonl", "--end", "1", "--adapter", "onnx")
     usual = command(*ask, env={"MSE_CACHE": str(tmp_path / "usual")})
     assert usual.returncode == 0, usual.stderr
-    with tiny_disk(tmp_path / "disk", 1024) as disk:
+    with tiny_disk(tmp_path / "disk", 8192) as disk:
         if not empty:
             shutil.copytree(tmp_path / "usual", disk, dirs_exist_ok=True)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)

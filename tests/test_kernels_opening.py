@@ -169,13 +169,13 @@ def test_kernels_are_compared_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         compared.clear()
         assert library._settled(library.folder()) == names
         assert len(compared) == 2
-    monkeypatch.setattr("mse_runtime.backbone.cpu.model", lambda: "another processor")
+    monkeypatch.setattr("mse_runtime.cpu.model", lambda: "another processor")
     compared.clear()
     assert library._settled(library.folder()) == names
     assert len(compared) == 2
     # What does not agree is looked at again each time.
     monkeypatch.setattr(mapped, "settle", lambda _: None)
-    monkeypatch.setattr("mse_runtime.backbone.cpu.model", lambda: "a third")
+    monkeypatch.setattr("mse_runtime.cpu.model", lambda: "a third")
     assert library._settled(library.folder()) == (names[0], None)
     assert len(cache.read_json("kernels.json")) == 2
     monkeypatch.undo()

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from make_fixtures import toy_gguf
 
-from mse_runtime import cache, probe
-from mse_runtime.backbone import Backbone, cpu, library
+from mse_runtime import cache, cpu, probe
+from mse_runtime.backbone import Backbone, library
 from mse_runtime.errors import BackboneError
 
 

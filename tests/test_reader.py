@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from fault_tools import CLIP, ROOT, command, decoder_traps
 
 from mse_runtime import Analyzer, background, entry
 from mse_runtime.errors import MediaError, MSEError
-from mse_runtime.features import pool as pool_module
+from mse_runtime.features import child
 from mse_runtime.features.pool import FeaturePool
 from mse_runtime.features.spec import Features
 from mse_runtime.memory import measured
@@ -123,9 +122,9 @@ def test_nothing_is_left_of_a_run_that_was_stopped(how: signal.Signals, tmp_path
 def test_without_another_process_this_one_reads_the_clip() -> None:
     """As where the number of processes is limited (simulated: a limit does not hold for root)."""
     code = (
-        "import subprocess\n"
+        "import os\n"
         "def refuse(*_, **__): raise BlockingIOError(11, 'Resource temporarily unavailable')\n"
-        "subprocess.Popen = refuse\n"
+        "os.posix_spawn = refuse\n"
     )
     done = command(CLIP, TEXT, "--end", "1", before=code)
     assert done.returncode == 0, done.stderr
@@ -155,24 +154,35 @@ def test_the_process_starts_before_the_command_line_is_understood(
 ) -> None:
     started: list[bool] = []
     monkeypatch.setattr(sys, "argv", ["mse-run", *words])
-    monkeypatch.setattr(pool_module, "start_early", lambda: started.append(True))
+    monkeypatch.setattr(child, "start_early", lambda: started.append(True))
     entry._start_reader()
     assert started == [True] * early
 
 
 def test_an_early_process_is_used_once_or_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert pool_module.take_early() is None
-    pool_module.start_early()
-    with contextlib.closing(pool_module.take_early()) as pool:  # type: ignore[type-var]
-        assert isinstance(pool, FeaturePool)
-        assert len(children(os.getpid())) == 1
-        assert pool_module.take_early() is None
+    assert child.take_early() is None
+    child.start_early()
+    (early,) = children(os.getpid())
+    with FeaturePool(once=True) as pool:
+        pool.start()
+        assert children(os.getpid()) == [early]
+        assert child.take_early() is None
         request = {"path": str(CLIP), "audio_spec": "lld13/1", "face_spec": None, "end": 0.5}
         assert pool.submit(request).result().audio is not None
     assert children(os.getpid()) == []
-    monkeypatch.setattr(background, "cores", lambda: 1)
-    pool_module.start_early()
-    assert pool_module.take_early() is None
+    child.start_early()
+    with FeaturePool(once=True, memory_mb=4096) as pool:  # that one has no limit
+        pool.start()
+        assert len(children(os.getpid())) == 2
+        left = child.take_early()
+        assert left is not None
+        left.stdin.close()
+        assert left.wait(60.0) == 0
+        left.stdout.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "sched_getaffinity", lambda _: {0})
+        child.start_early()
+        assert child.take_early() is None
     done = command(CLIP)  # without a text
     assert done.returncode == 2
     assert done.stderr.startswith("mse-run: Give a clip and its text")
@@ -229,7 +239,7 @@ def test_what_a_process_says_about_itself_cannot_hurt(info: str) -> None:
 def test_closing_does_not_wait_for_a_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor for one whose own child holds the pipe."""
     hang = "import subprocess, time; subprocess.Popen(['sleep', '20'], start_new_session=True)"
-    monkeypatch.setattr("mse_runtime.features.pool.CHILD", f"{hang}; time.sleep(60)")
+    monkeypatch.setattr("mse_runtime.features.child.CODE", f"{hang}; time.sleep(60)")
     begun = time.monotonic()
     with FeaturePool() as pool:
         pending = pool.submit({"path": "clip.mp4"})
@@ -237,6 +247,17 @@ def test_closing_does_not_wait_for_a_decoder(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(MediaError):
         pending.result()
     assert time.monotonic() - begun < 30
+
+
+@pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- 2>&-"])
+def test_closed_streams_do_not_keep_a_clip_from_being_read(closed: str) -> None:
+    code = "from mse_runtime.entry import mse_run; mse_run()"
+    done = subprocess.run(
+        f'"$PYTHON" -c "{code}" "{CLIP}" "{TEXT}" --end 1 --jsonl {closed}', shell=True,
+        env={**os.environ, "PYTHON": sys.executable}, cwd=ROOT, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["timing_ms"]["features"] > 0
 
 
 def test_a_closed_output_is_no_error(tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def test_a_worker_taken_over_can_fail_its_row_and_no_more(
 ) -> None:
     loop = f"for line in sys.stdin:\n    {reply}; sys.stdout.flush()"
     child = f"import json, sys\nsys.argv.pop(1)\n{loop}"
-    monkeypatch.setattr("mse_runtime.features.pool.CHILD", child)
+    monkeypatch.setattr("mse_runtime.features.child.CODE", child)
     with FeaturePool(1, timeout=3, memory_mb=1024) as pool:
         for _ in range(2):
             with pytest.raises(MSEError) as raised:

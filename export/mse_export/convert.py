@@ -25,7 +25,7 @@ from mse_export.quant_types import Quant, tensor_types
 from mse_export.synthetic import model_shape
 from mse_export.vocab.folder import folder_vocabulary
 from mse_export.watcher import Watcher
-from mse_runtime.backbone.cpu import physical_cores
+from mse_runtime.cpu import physical_cores
 from mse_runtime.errors import BackboneError
 
 __all__ = ["convert", "convert_and_quantize"]

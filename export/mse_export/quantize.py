@@ -25,7 +25,7 @@ from mse_export.backbones import TensorRecipe
 from mse_export.encode import as_f32, encode_rows
 from mse_export.gguf_write import GgufTensor, Progress, claim, padded, write_gguf
 from mse_export.quant_types import Quant, Shape, tensor_types
-from mse_runtime.backbone.cpu import physical_cores
+from mse_runtime.cpu import physical_cores
 from mse_runtime.errors import BackboneError
 from mse_runtime.gguf import Gguf, TensorInfo
 from mse_runtime.gguf_scan import ARRAY, MAGIC, Scan

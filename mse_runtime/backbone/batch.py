@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from mse_runtime.records import dataclass
 
 __all__ = ["Entries", "Inputs", "fillers", "make_batch"]
 

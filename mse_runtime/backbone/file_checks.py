@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mse_runtime import cache
-from mse_runtime.backbone import cpu, library
+from mse_runtime import cache, cpu
+from mse_runtime.backbone import library
 from mse_runtime.errors import BackboneError
 from mse_runtime.gguf import Gguf
 

@@ -12,15 +12,14 @@ import threading
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mse_runtime import cache
-from mse_runtime.backbone import cpu
+from mse_runtime import cache, cpu
 from mse_runtime.backbone.reports import redirect_log
 from mse_runtime.errors import BackboneError
 from mse_runtime.gguf import Gguf
+from mse_runtime.records import dataclass
 
 __all__ = [
     "Device", "attention", "build_id", "devices", "folder", "kernel", "load", "mapped_types",

@@ -8,10 +8,11 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from mse_runtime.backbone import cpu, library
+from mse_runtime import cpu
+from mse_runtime.backbone import library
 from mse_runtime.backbone.file_checks import check_file, may_repack, repacking_pays
 from mse_runtime.backbone.head import make_tap
 from mse_runtime.backbone.mapped import STEP, CopiedPages
@@ -20,6 +21,7 @@ from mse_runtime.backbone.rotary import TABLES, RopeTable, Rounding
 from mse_runtime.backbone.vocabulary import Vocabulary, excerpt_for
 from mse_runtime.errors import BackboneError
 from mse_runtime.gguf import MAPPINGS, Gguf
+from mse_runtime.records import dataclass
 
 __all__ = [
     "Context", "Handles", "Options", "copied_pages", "copies_weights", "free_model",

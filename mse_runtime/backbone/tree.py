@@ -8,13 +8,13 @@ exactly its ancestors; shared prefixes are computed once.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from mse_runtime.backbone import checks
 from mse_runtime.errors import BackboneError
+from mse_runtime.records import dataclass
 
 __all__ = ["Trie", "Wave"]
 

@@ -11,8 +11,7 @@ import hashlib
 import statistics
 from typing import TYPE_CHECKING
 
-from mse_runtime import cache, memory
-from mse_runtime.backbone import cpu
+from mse_runtime import cache, cpu, memory
 
 if TYPE_CHECKING:
     from mse_runtime.analyzer import Analyzer

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
 
 from mse_runtime.errors import BundleError
+from mse_runtime.records import dataclass
 
 __all__ = [
     "SCHEMA_VERSION",

@@ -8,12 +8,12 @@ system relies on, is not looked at, and a person's own resting face is not known
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
 from mse_runtime.features.geometry import Floats
 from mse_runtime.features.landmarks import neutral_mesh
+from mse_runtime.records import dataclass
 
 __all__ = ["ACTION_UNITS", "ActionUnit", "action_units"]
 

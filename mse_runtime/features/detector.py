@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
 from mse_runtime.features.geometry import Floats, Picture, Region, box_iou
 from mse_runtime.features.sessions import Session
+from mse_runtime.records import dataclass
 
 __all__ = ["Detection", "FaceDetector"]
 

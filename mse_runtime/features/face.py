@@ -6,7 +6,6 @@ the clip and loading them overlap. Nothing depends on the number of threads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from mse_runtime.features.mesh import FaceModels
 from mse_runtime.features.openface import openface177
 from mse_runtime.features.spec import FeatureTrack, get_spec
 from mse_runtime.features.tracks import FaceTracker, Seen, Track
+from mse_runtime.records import dataclass
 
 __all__ = ["FaceExtractor", "FaceResult", "face167", "result_of"]
 

@@ -7,13 +7,13 @@ All functions take a whole clip: arrays start with T frames.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from mse_runtime.features.geometry import Floats
+from mse_runtime.records import dataclass
 
 __all__ = ["IBUG68", "OUTER_EYES", "RIGID", "FaceFrame", "face_frame", "gaze", "neutral_mesh"]
 

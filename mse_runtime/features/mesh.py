@@ -101,7 +101,7 @@ class FaceModels:
 
 
 def _open(name: str, threads: int) -> Session:
-    return Session(MODEL_FOLDER / f"{name}.onnx", threads=threads)
+    return Session(MODEL_FOLDER / f"{name}.onnx", threads=threads, keep=True)
 
 
 def _unit(pixels: NDArray[np.uint8]) -> Floats:

@@ -13,65 +13,26 @@ import os
 import queue
 import selectors
 import signal
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
-from mse_runtime import background
 from mse_runtime.errors import BundleError, MediaError, MSEError, UsageError
+from mse_runtime.features.child import Child, take_early
 
 if TYPE_CHECKING:
     from mse_runtime.features.spec import Features
 
-__all__ = ["FeaturePool", "can_help", "start_early", "take_early"]
+__all__ = ["FeaturePool"]
 
-# The parent's import path, not the current folder: a file beside the clips is not a module.
-CHILD = (
-    "import json, sys; sys.path[:] = [p for p in json.loads(sys.argv.pop(1)) if p]; "
-    "from mse_runtime.features.worker import main; main()"
-)
 KINDS = {kind.__name__: kind for kind in (MSEError, UsageError, MediaError, BundleError)}
 """What a worker may report: the others end more than a clip, and are not its to raise."""
 MAX_REPLY = 1 << 16
 PIECE = 1 << 20
 LOOK = 0.5
 """Seconds between two looks whether the pool was closed."""
-
-
-_early: FeaturePool | None = None
-
-
-def can_help() -> bool:
-    """Whether a process beside this one gets anywhere while this one works."""
-    return background.cores() > 1 and bool(sys.executable)
-
-
-def start_early() -> None:
-    """For a command that reads one clip: its process, before the command line is understood.
-
-    Nothing happens where it would only take turns with this one, or where none can be started.
-    """
-    global _early
-    if not can_help():
-        return
-    pool = FeaturePool(once=True)
-    try:
-        pool.start()
-    except OSError:
-        pool.close()
-    else:
-        _early = pool
-
-
-def take_early() -> FeaturePool | None:
-    """What `start_early` has made, once."""
-    global _early
-    pool, _early = _early, None
-    return pool
 
 
 class FeaturePool:
@@ -167,9 +128,9 @@ class _Worker:
     ) -> None:
         self._memory = memory_mb
         self._once = once
-        self._stderr = None if verbose else subprocess.DEVNULL
+        self._verbose = verbose
         self._stopped = stopped
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Child | None = None
 
     def ask(self, request: dict[str, Any], timeout: float | None) -> tuple[dict[str, Any], bytes]:
         """Send one request and wait for its reply and the feature file with it.
@@ -179,10 +140,8 @@ class _Worker:
         """
         clip, line = request["path"], json.dumps(request).encode() + b"\n"
         process = self._process
-        if process is None or process.stdin is None or process.stdin.closed:
+        if process is None or process.stdin.closed:
             process = self.start()
-        assert process.stdin is not None
-        assert process.stdout is not None
         try:
             process.stdin.write(line)
             process.stdin.flush()
@@ -203,22 +162,11 @@ class _Worker:
         except (OSError, ValueError, TypeError, LookupError, RecursionError):
             raise MediaError(f"{clip}: {self._post_mortem()}") from None
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def start(self) -> Child:
         """A new process; MediaError where the pool is closed, OSError where there can be none."""
         self.kill()
-        made = subprocess.Popen(
-            [
-                sys.executable, "-P", "-c", CHILD, json.dumps(sys.path), str(self._memory or 0),
-                str(os.getpid()),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            # NumPy sees small matrices only, and its BLAS workers would just spin.
-            env={"OPENBLAS_NUM_THREADS": "1", **os.environ},
-            start_new_session=True,  # Ctrl-C is the parent's to handle
-        )  # fmt: skip
-        self._process = made
+        made = None if self._memory or self._verbose else take_early()
+        self._process = made = made or Child(self._memory, verbose=self._verbose)
         if self._stopped.is_set():  # `close` may not have seen it
             self.kill()
             raise MediaError("the extraction was stopped")
@@ -227,8 +175,7 @@ class _Worker:
     def _post_mortem(self) -> str:
         process, code = self._process, None
         if process is not None:  # before its input is closed, which would end it, too
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                code = process.wait(0.05)
+            code = process.wait(0.05)
         self.kill()
         if code is None:
             return "the process that reads it gave no reply that makes sense"
@@ -243,7 +190,7 @@ class _Worker:
     def reap(self) -> None:
         """Wait for a process whose input was closed; others are left alone."""
         process = self._process
-        if process is not None and process.stdin is not None and process.stdin.closed:
+        if process is not None and process.stdin.closed:
             self.kill()
 
     def kill(self) -> None:
@@ -251,18 +198,14 @@ class _Worker:
         process, self._process = self._process, None
         if process is None:
             return
-        if process.stdin is not None:
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+        if process.wait(0.05) is None:
             with contextlib.suppress(OSError):
-                process.stdin.close()
-        try:
-            process.wait(0.05)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(OSError):
-                os.killpg(process.pid, signal.SIGKILL)  # and what a hostile clip had it start
+                process.kill()
             process.wait()
-        if process.stdout is not None:
-            with contextlib.suppress(OSError):
-                process.stdout.close()
+        with contextlib.suppress(OSError):
+            process.stdout.close()
 
 
 class _TooMuchError(Exception):

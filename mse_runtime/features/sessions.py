@@ -1,15 +1,26 @@
-"""ONNX Runtime sessions as this package wants them: few threads, no spinning, no noise."""
+"""ONNX Runtime sessions as this package wants them: few threads, no spinning, no noise.
+
+Optimising a graph takes longer than loading the outcome, so that of the package's own small ones is
+kept in the cache folder, for this ONNX Runtime and this processor.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mse_runtime import cpu
+from mse_runtime.cache import cache_dir
 from mse_runtime.errors import BundleError, UsageError
 
 __all__ = ["Session"]
+
+FOLDER, KEEP = "graphs", 12
 
 
 class Session:
@@ -19,8 +30,11 @@ class Session:
     video decoder, and a spinning pool would take them away.
     """
 
-    def __init__(self, path: Path, *, threads: int = 1) -> None:
-        """Load `path`; raise BundleError if it is missing or is not an ONNX graph."""
+    def __init__(self, path: Path, *, threads: int = 1, keep: bool = False) -> None:
+        """Load `path`; raise BundleError if it is missing or is not an ONNX graph.
+
+        keep: the optimised graph, for the next time.
+        """
         try:
             import onnxruntime as ort
         except ImportError as error:
@@ -33,15 +47,8 @@ class Session:
                 f"the model file {path} is missing: reinstall mse-runtime, or export the bundle "
                 "again."
             )
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = max(1, threads)
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            self._session = ort.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
+            self._session = _kept(ort, path, threads) if keep else _load(ort, path, threads)
         except Exception as error:  # onnxruntime's exceptions share no public base class
             raise BundleError(
                 f"{path.name} is not an ONNX graph this ONNX Runtime can run ({error}): "
@@ -58,3 +65,52 @@ class Session:
         feeds = dict(zip(self.inputs, arrays, strict=True))
         result: list[np.ndarray[Any, Any]] = self._session.run(None, feeds)
         return result
+
+
+def _load(ort: Any, path: Path, threads: int, **more: Any) -> Any:
+    """more: what else is set in the session's options."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = max(1, threads)
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    for name, value in more.items():
+        setattr(options, name, value)
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _kept(ort: Any, path: Path, threads: int) -> Any:
+    """A session of the kept graph, or of `path`, whose optimised graph is kept from then on."""
+    place = _place(ort, path)
+    if place.is_file():
+        as_it_is = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            return _load(ort, place, threads, graph_optimization_level=as_it_is)
+        except Exception:  # damaged: it is made anew
+            with suppress(OSError):
+                place.unlink()
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=place.parent, suffix=".part", delete=False) as made:
+            part = Path(made.name)
+    except OSError:  # a folder that cannot be written costs time, nothing else
+        return _load(ort, path, threads)
+    try:
+        session = _load(ort, path, threads, optimized_model_filepath=str(part))
+    except Exception:  # no graph, or no space left for its copy
+        with suppress(OSError):
+            part.unlink()
+        return _load(ort, path, threads)
+    with suppress(OSError):
+        part.replace(place)
+        kept = sorted(place.parent.glob("*.onnx"), key=lambda file: file.stat().st_mtime)
+        for old in kept[:-KEEP]:
+            old.unlink()
+    return session
+
+
+def _place(ort: Any, path: Path) -> Path:
+    stat = path.stat()
+    facts = (str(path.resolve()), stat.st_size, stat.st_mtime_ns, ort.__version__, cpu.model())
+    name = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+    return cache_dir() / FOLDER / f"{name}.onnx"

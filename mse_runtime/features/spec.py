@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mse_runtime.errors import BundleError
+from mse_runtime.records import dataclass
 
 __all__ = [
     "Column",

@@ -7,13 +7,14 @@ is being followed, when a face was just lost, and twice a second for newcomers.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import numpy as np
 
 from mse_runtime.features.geometry import Floats, Picture, Region, box_iou
 from mse_runtime.features.mesh import FaceNetworks, MeshObservation
+from mse_runtime.records import dataclass
 
 __all__ = ["FaceTracker", "Seen", "Track"]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import stat
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ import av.error
 from av.stream import Disposition
 
 from mse_runtime.errors import MediaError, UsageError
+from mse_runtime.records import dataclass
 
 if TYPE_CHECKING:
     from av.audio.stream import AudioStream

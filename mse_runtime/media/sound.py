@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import av.error
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from mse_runtime.media.packets import Damage, packets
 from mse_runtime.media.probe import MAX_RATE, MIN_RATE, ClipInfo, Window, cut_warning, open_clip
+from mse_runtime.records import dataclass
 
 if TYPE_CHECKING:
     from av.audio.frame import AudioFrame

@@ -10,7 +10,6 @@ import math
 from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from mse_runtime.errors import MediaError, UsageError
 from mse_runtime.media.packets import Damage, packets, seconds
 from mse_runtime.media.probe import MAX_PIXELS, ClipInfo, Window, cut_warning, open_clip
+from mse_runtime.records import dataclass
 
 if TYPE_CHECKING:
     from av.packet import Packet

@@ -1,4 +1,4 @@
-"""What llama.cpp finds here: physical cores for its threads, and AMX."""
+"""The processor: physical cores, instruction sets, its name."""
 
 from __future__ import annotations
 

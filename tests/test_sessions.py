@@ -1,0 +1,92 @@
+"""ONNX sessions of the package's own graphs, optimised once and kept."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnxruntime")
+from mse_runtime.errors import BundleError
+from mse_runtime.features import sessions
+from mse_runtime.features.mesh import MODEL_FOLDER
+from mse_runtime.features.sessions import Session
+
+GRAPHS = sorted(MODEL_FOLDER.glob("*.onnx"))
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("MSE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / sessions.FOLDER
+
+
+def answers(session: Session) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    shapes = [[n if isinstance(n, int) else 2 for n in shape] for shape in session.input_shapes]
+    return session(*(rng.random(shape, np.float32) for shape in shapes))
+
+
+@pytest.mark.parametrize("graph", GRAPHS, ids=lambda path: path.stem)
+def test_a_kept_graph_gives_the_same_numbers(graph: Path, folder: Path) -> None:
+    plain = Session(graph)
+    assert not folder.exists()
+    for _ in range(2):
+        kept = Session(graph, threads=2, keep=True)
+        (place,) = folder.iterdir()
+        assert (kept.inputs, kept.outputs) == (plain.inputs, plain.outputs)
+        assert kept.input_shapes == plain.input_shapes
+        for found, expected in zip(answers(kept), answers(plain), strict=True):
+            np.testing.assert_array_equal(found, expected)
+    assert place.suffix == ".onnx"
+
+
+def test_the_kept_graph_is_what_is_loaded(folder: Path) -> None:
+    Session(GRAPHS[0], keep=True)
+    (place,) = folder.iterdir()
+    shutil.copy(GRAPHS[1], place)
+    other = Session(GRAPHS[0], keep=True)
+    assert other.input_shapes == Session(GRAPHS[1]).input_shapes
+    for damaged in (b"", b"no graph", GRAPHS[0].read_bytes()[:-1000]):
+        place.write_bytes(damaged)
+        found = Session(GRAPHS[0], keep=True)
+        assert found.input_shapes == Session(GRAPHS[0]).input_shapes
+        assert place.stat().st_size > 10_000
+        assert [*folder.iterdir()] == [place]
+
+
+def test_a_graph_that_changed_is_optimised_anew(folder: Path, tmp_path: Path) -> None:
+    graph = tmp_path / "graph.onnx"
+    for model in GRAPHS[:2]:
+        shutil.copy(model, graph)
+        assert Session(graph, keep=True).input_shapes == Session(model).input_shapes
+    assert len([*folder.iterdir()]) == 2
+    graph.write_bytes(b"no graph")
+    with pytest.raises(BundleError, match="not an ONNX graph"):
+        Session(graph, keep=True)
+    assert len([*folder.iterdir()]) == 2
+
+
+def test_the_oldest_go(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "KEEP", 2)
+    for name in "abc":
+        shutil.copy(GRAPHS[0], tmp_path / f"{name}.onnx")
+        Session(tmp_path / f"{name}.onnx", keep=True)
+    assert len([*folder.iterdir()]) == 2
+
+
+def test_without_a_folder_the_graph_itself_is_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.parent.mkdir()
+    folder.write_text("a file")
+    assert Session(GRAPHS[0], keep=True).inputs
+    folder.unlink()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", full)
+    assert Session(GRAPHS[0], keep=True).inputs
