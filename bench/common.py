@@ -238,7 +238,9 @@ def _maps_large(path: Path) -> bool:
         file.fileno(), 0, flags=flags, prot=mmap.PROT_READ
     ):  # fmt: skip
         sizes = dict(re.findall(r"^(Rss|FilePmdMapped):\s+(\d+) kB", _smaps(path), re.MULTILINE))
-    return 10 * int(sizes.get("FilePmdMapped", 1)) > 8 * int(sizes.get("Rss", 0))
+    if "FilePmdMapped" not in sizes:
+        return True
+    return 10 * int(sizes["FilePmdMapped"]) > 8 * int(sizes["Rss"])
 
 
 def _smaps(path: Path) -> str:

@@ -1,14 +1,13 @@
 """The transcript's pass through the language model, while the clip is still being read.
 
 It saves time where it is over when the features come, or nearly. Otherwise it is given up then: one
-pass for transcript and features together reads the weights once. How long it takes is remembered
-for a model and a machine, nothing of what was said.
+pass for transcript and features together reads the weights once. How long it takes is found out by
+the first of a model on a machine and remembered, nothing of what was said.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
@@ -31,6 +30,7 @@ NEARLY = 2 / 3
 """Of the pass that must be over for the rest to be waited for."""
 _ROWS = 32  # which take as long as fewer
 _CHANGED = 0.25  # of the remembered time
+_LONGEST = 1e5  # seconds; longer is damage
 
 
 def prefill(
@@ -41,7 +41,7 @@ def prefill(
     if bundle.backbone.gguf.size >= SMALL_MODEL:  # a small one's pass is over at once
         key = _key(backbone, bundle, len(ids))
         known = cache.read_json(FILE).get(key)
-        usual = float(known) if isinstance(known, int | float) and known > 0 else math.inf
+        usual = known if isinstance(known, int | float) and 0 < known < _LONGEST else 0.0
     begun = time.perf_counter()
     with backbone.aside() as stop:
 

@@ -1,4 +1,5 @@
-"""The user's cache folder: small remembered facts (probe results, hashes, measurements).
+"""The user's cache folder: remembered facts (probe results, hashes, measurements) and what was
+computed once (`kept_prefix`, `features.sessions`).
 
 Everything here may be deleted at any time, and a folder that cannot be written costs speed,
 never correctness: `write_json` reports failure instead of raising.
@@ -35,7 +36,7 @@ def read_json(name: str) -> dict[str, Any]:
     """The remembered facts in `name`, or an empty dict where there are none or they are damaged."""
     try:
         found = json.loads((cache_dir() / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -48,7 +49,7 @@ def remember(name: str, key: str, fact: Any, keep: int = 64) -> bool:
     facts = read_json(name)
     facts.pop(key, None)
     if fact is not None:
-        facts = dict(list(facts.items())[-(keep - 1) :])
+        facts = dict(list(facts.items())[max(0, len(facts) + 1 - keep) :])
         facts[key] = fact
     return write_json(name, facts)
 

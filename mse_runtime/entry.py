@@ -60,6 +60,7 @@ def _enter(name: str, module: str, before: Callable[[], None] | None = None) -> 
         signal.signal(signal.SIGINT, interrupted)
     _speak_utf8()
     import_module("mse_runtime.heap").collect_late()
+    _fill_streams()
     if before is not None:
         before()
     main = import_module(module).main
@@ -69,6 +70,16 @@ def _enter(name: str, module: str, before: Callable[[], None] | None = None) -> 
         main()
     except KeyboardInterrupt:
         interrupted()
+
+
+def _fill_streams() -> None:
+    """Streams that the shell has closed: a file that is opened later must not take their numbers,
+    for what a library prints would go into it."""
+    for stream in (0, 1, 2):
+        try:
+            os.fstat(stream)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
 
 
 def _start_reader() -> None:

@@ -48,7 +48,6 @@ MAPPINGS = threading.Lock()
 
 
 _ENTRIES = 16  # where a header counts its metadata entries
-_ARRAY_HEAD = 24  # bytes of an array's entry that are neither its key nor its elements
 _FILLER = b"mse.left_out"
 _SETTLED = 2.0  # seconds; file systems count time in coarser steps than they say
 
@@ -150,10 +149,11 @@ class Gguf:
 
     def _read_metadata(self, scan: Scan, count: int) -> Iterator[tuple[str, Scalar]]:
         for _ in range(count):
+            entry = scan.at
             key = scan.text("a metadata key")
             kind = scan.u32(f"the metadata entry {key[:80]!r}")
             if kind == ARRAY:
-                self._arrays[key] = scan.skip_array(f"the metadata array {key[:80]!r}")
+                self._arrays[key] = scan.skip_array(entry, f"the metadata array {key[:80]!r}")
             else:
                 yield key, scan.scalar(kind, f"the metadata entry {key[:80]!r}")
 
@@ -318,14 +318,14 @@ class Gguf:
         return found
 
     def header_without(self, prefix: str) -> Shortened:
-        """The header without the arrays whose keys begin with `prefix` (ASCII).
+        """The header without the arrays whose keys begin with `prefix`.
 
         A text of zeros at the end of the metadata takes their room, so that the tensors' data stay
         where they are. Raises BackboneError where the arrays are too short for that.
         """
         mapped, (metadata, table, data) = self._mapped(), self._header
         gaps = sorted(
-            (array.offset - _ARRAY_HEAD - len(key), array.end)
+            (array.start, array.end)
             for key, array in self._arrays.items()
             if key.startswith(prefix)
         )

@@ -58,8 +58,10 @@ class TensorInfo:
 class Array:
     kind: int
     count: int
+    start: int
+    """Of the whole entry, its key included, in bytes from the start of the file."""
     offset: int
-    """Of the first element, in bytes from the start of the file."""
+    """Of the first element."""
     end: int
 
 
@@ -104,7 +106,8 @@ class Scan:
         value: Scalar = packed.unpack_from(self.data, self.need(packed.size, what))[0]
         return value
 
-    def skip_array(self, what: str) -> Array:
+    def skip_array(self, entry: int, what: str) -> Array:
+        """entry: where the array's key begins."""
         kind, count = self.u32(what), self.u64(what)
         start = self.at
         if kind in _SCALARS:
@@ -113,7 +116,7 @@ class Scan:
             self._skip_strings(count, what)
         else:
             raise self.fail(f"{what} is an array of the unsupported type {kind}")
-        return Array(kind, count, start, self.at)
+        return Array(kind, count, entry, start, self.at)
 
     def strings(self, count: int, what: str) -> Iterator[bytes]:
         """The next `count` strings as bytes."""

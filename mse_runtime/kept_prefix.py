@@ -72,7 +72,6 @@ def _pays(bundle: Bundle, ids: NDArray[np.int32]) -> bool:
 
 
 def _path(backbone: Backbone, bundle: Bundle, ids: NDArray[np.int32]) -> Path:
-
     facts = [backbone.info[name] for name in SETTINGS]
     facts.append(min(backbone.n_batch, len(ids)))  # after `shrink` sums are cut at other places
     text = repr((bundle.backbone.gguf.sha256, cpu.model(), *facts, ids.tolist()))

@@ -17,15 +17,21 @@ if TYPE_CHECKING:
 else:
 
     def dataclass(cls=None, /, *, frozen=False):
-        """`dataclasses.dataclass` with these arguments; frozen ones must not have `__slots__`."""
+        """`dataclasses.dataclass` with these arguments.
+
+        Frozen ones must have neither `__slots__` nor fields that `__init__` does not set
+        (TypeError).
+        """
         if cls is None:
             return lambda cls: dataclass(cls, frozen=frozen)
         made = dataclasses.dataclass(cls, repr=False, eq=False)
+        if frozen and not all(f.init for f in dataclasses.fields(made)):
+            raise TypeError(f"{cls.__qualname__} is frozen, and a field is not set by __init__")
         shared = {"__repr__": _repr, "__eq__": _eq, "__hash__": _hash if frozen else None}
         if frozen:
             shared |= {"__setattr__": _setattr, "__delattr__": _delattr}
         for name, method in shared.items():
-            if name not in cls.__dict__:
+            if cls.__dict__.get(name) is None:  # __hash__ is where there is an __eq__
                 setattr(made, name, method)
         return made
 

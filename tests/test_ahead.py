@@ -59,17 +59,26 @@ def took(backbone: Backbone) -> float:
     return time.perf_counter() - begun
 
 
+def remember(backbone: Backbone, usual: Any) -> None:
+    cache.remember(ahead.FILE, ahead._key(backbone, bundle(), len(IDS)), usual)
+
+
 def remembered() -> list[float]:
     return list(cache.read_json(ahead.FILE).values())
 
 
 def test_features_that_come_first_end_the_pass(backbone: Backbone) -> None:
     usual = min(took(backbone) for _ in range(3))
-    begun = time.perf_counter()
-    assert not ahead.prefill(backbone, bundle(), IDS, later(usual / 10))
-    assert time.perf_counter() - begun < 0.9 * usual
+    remember(backbone, 1e4)
+    for _ in range(50):  # on a busy machine they may come too late
+        if not ahead.prefill(backbone, bundle(), IDS, later(usual / 10)):
+            break
+        remember(backbone, 1e4)
+        backbone.clear()
+    else:
+        pytest.fail("no pass was given up")
     assert backbone.length(0) == 0
-    assert remembered() == []
+    assert remembered() == [1e4]
     done = Future[int]()
     done.set_exception(ValueError("a clip that cannot be read"))
     assert not ahead.prefill(backbone, bundle(), IDS, done)
@@ -103,9 +112,14 @@ def after_two(backbone: Backbone, expected: Any) -> Any:
     return found
 
 
-@pytest.mark.parametrize(("usual", "whole"), [(math.inf, False), (1e-6, True), ("x", False)])
+@pytest.mark.parametrize(
+    ("usual", "whole"),
+    [(1e4, False), (1e-6, True), ("x", True), (10**400, True), (math.inf, True), (-1, True)],
+    ids=["long", "short", "text", "huge", "endless", "negative"],
+)
 def test_most_of_a_pass_is_worth_its_end(backbone: Backbone, usual: Any, whole: bool) -> None:
-    cache.remember(ahead.FILE, ahead._key(backbone, bundle(), len(IDS)), usual)
+    """And so is the first one, of which nothing is known."""
+    remember(backbone, usual)
     ready = Future[int]()
     ready.set_result(0)
     assert ahead.prefill(backbone, bundle(), IDS, ready) == whole
@@ -143,7 +157,11 @@ def test_a_closed_backbone_refuses(tmp_path: Path) -> None:
 def test_without_the_kernels_nothing_stops_a_pass(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    remember(backbone, 1e4)
     monkeypatch.setattr("mse_runtime.backbone.passes._stop", lambda: None)
+    with backbone.aside() as stop:
+        stop()
+        assert backbone._lib.llama_n_threads(backbone._context) == 2
     ready = Future[int]()
     ready.set_result(0)
     assert ahead.prefill(backbone, bundle(), IDS, ready)

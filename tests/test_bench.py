@@ -193,12 +193,25 @@ def test_report_names_every_bench(bench: dict[str, ModuleType]) -> None:
 
 
 def test_a_file_is_ready_whatever_the_page_cache_had_of_it(
-    bench: dict[str, ModuleType], tmp_path: Path
+    bench: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     common = bench["common"]
-    (tmp_path / "m.gguf").write_bytes(bytes(5 << 20))
+    path = tmp_path / "m.gguf"
+    path.write_bytes(bytes(5 << 20))
     (tmp_path / "empty.gguf").touch()
-    for _ in range(2):
+    assert common._maps_large(path) in (True, False)
+    assert common._maps_large(tmp_path / "empty.gguf")
+    read: list[Path] = []
+    monkeypatch.setattr(common, "_read", read.append)
+    monkeypatch.setattr(common, "_maps_large", lambda path: not path.stat().st_size)
+    monkeypatch.setattr(common, "_always_small", set())
+    for times in (2, 3):  # from the disk once; that it does not help is not tried again
         common.machine_ready(tmp_path)
-    assert common._always_small <= {tmp_path / "m.gguf"}
-    common._always_small.clear()
+        assert read.count(path) == times
+    monkeypatch.undo()
+    monkeypatch.setattr(common, "_smaps", lambda _: "Rss: 5 kB\n")  # an older kernel
+    assert common._maps_large(path)
+    for pieces, large in ((0, False), (4, False), (5, True)):
+        said = f"Rss:   5 kB\nFilePmdMapped:   {pieces} kB\n"
+        monkeypatch.setattr(common, "_smaps", lambda _, said=said: said)
+        assert common._maps_large(path) == large

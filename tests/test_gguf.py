@@ -8,6 +8,7 @@ import struct
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import gguf as reference
@@ -144,6 +145,56 @@ def test_a_shortened_header_is_a_header(tmp_path: Path, arch: str) -> None:
         for prefix in ("no such", "general."):
             with pytest.raises(BackboneError, match="left out"):
                 gguf.header_without(prefix)
+
+
+KEYS = st.binary(min_size=1, max_size=20) | st.sampled_from(
+    ["\u00e9".encode() * 16, b"\xff\xfe", b"tokens", b"a\xe2\x82", "\U0001f642".encode()]
+)
+
+
+@given(
+    st.lists(
+        st.tuples(st.booleans(), KEYS, st.sampled_from(["number", "numbers", "texts"])),
+        max_size=8, unique_by=lambda entry: entry[:2],
+    )
+)  # fmt: skip
+def test_a_shortened_header_says_no_more_than_the_whole(entries: list[Any]) -> None:
+    """Whatever its keys are: what was checked of the file is what llama.cpp reads."""
+    packed = []
+    for inside, key, kind in entries:
+        key = b"t.g." + key if inside else key
+        packed.append(struct.pack("<Q", len(key)) + key)
+        if kind == "number":
+            packed[-1] += struct.pack("<II", 4, 7)
+        elif kind == "numbers":
+            packed[-1] += struct.pack("<IIQ3I", 9, 4, 3, 1, 2, 3)
+        else:
+            packed[-1] += struct.pack("<IIQ", 9, 8, 2) + 2 * (struct.pack("<Q", 20) + bytes(20))
+    name = b"token_embd.weight"
+    table = struct.pack("<Q", len(name)) + name + struct.pack("<IQQIQ", 2, 32, 2, 0, 0)
+    header = b"GGUF" + struct.pack("<IQQ", 3, 1, len(packed)) + b"".join(packed) + table
+    weights = bytes(-len(header) % 32 + 256)
+    with TemporaryDirectory() as folder:
+        path, short = Path(folder) / "m.gguf", Path(folder) / "short.gguf"
+        path.write_bytes(header + weights)
+        with Gguf.open(path) as gguf:
+            gone = {key for key in gguf._arrays if key.startswith("t.g.")}
+            try:
+                head, tail, size, data = gguf.header_without("t.g.")
+            except BackboneError:
+                assert len(gone) < 2
+                return
+            assert (size, data) == (len(header), len(header) + len(weights) - 256)
+            short.write_bytes(head + bytes(size - len(head) - len(tail)) + tail + weights)
+            with Gguf.open(short) as other:
+                assert other.metadata.keys() - gguf.metadata.keys() == {"mse.left_out"}
+                assert {k: other.metadata[k] for k in gguf.metadata} == gguf.metadata
+                assert other.tensors == gguf.tensors
+                left = [(k, a.kind, a.count) for k, a in gguf._arrays.items() if k not in gone]
+                # Keys that are no UTF-8 may look alike: then one of them stays.
+                found = [(k, a.kind, a.count) for k, a in other._arrays.items()]
+                assert set(left) <= set(found)
+                assert {k for k, _, _ in found} <= gguf._arrays.keys()
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0", "q4_0"])

@@ -133,7 +133,7 @@ def test_without_llama_cpps_functions_headers_stay(monkeypatch: pytest.MonkeyPat
         assert opening.settle(LIB._lib)
 
 
-def test_before_llama_cpps_functions_are_known_the_process_ends() -> None:
+def test_where_llama_cpps_own_functions_cannot_be_found_the_process_ends() -> None:
     code = (
         "import ctypes, resource; from mse_kernels import ggml\n"
         "resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
@@ -141,7 +141,21 @@ def test_before_llama_cpps_functions_are_known_the_process_ends() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == -6
-    assert "before its own functions are known" in done.stderr
+    assert "is called before llama.cpp's own is known" in done.stderr
+
+
+def test_another_packages_llama_cpp_opens_models_as_ever(tmp_path: Path) -> None:
+    path = toy_gguf(tmp_path / "m.gguf", "llama")
+    code = (
+        "from mse_kernels import ggml; ggml.preload()\n"
+        "from llama_cpp import llama_cpp as lib\n"
+        "params = lib.llama_model_default_params(); params.use_mmap = False\n"
+        f"model = lib.llama_model_load_from_file({os.fsencode(path)!r}, params)\n"
+        "context = lib.llama_init_from_model(model, lib.llama_context_default_params())\n"
+        "print(bool(model), bool(context))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "True"], done.stderr[-2000:]
 
 
 # What was compared is remembered

@@ -249,6 +249,58 @@ def test_closing_does_not_wait_for_a_decoder(monkeypatch: pytest.MonkeyPatch) ->
     assert time.monotonic() - begun < 30
 
 
+def test_a_process_has_no_files_of_its_parents(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("x")
+    with (tmp_path / "secret").open() as file:
+        os.set_inheritable(file.fileno(), True)
+        made = child.Child()
+        try:
+            folder, deadline = Path(f"/proc/{made.pid}/fd"), time.monotonic() + 60
+            while "onnxruntime" not in Path(f"/proc/{made.pid}/maps").read_text("utf-8", "replace"):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            names = {os.readlink(place) for place in folder.iterdir()}
+            assert str(tmp_path / "secret") not in names
+            assert "/dev/null" in names
+        finally:
+            made.kill()
+            assert made.wait() == -signal.SIGKILL
+            made.stdin.close()
+            made.stdout.close()
+    made.kill()  # the number may be another's by now
+
+
+def test_an_end_that_somebody_else_was_told_of() -> None:
+    """As where a program ignores its children, or waits for all of them."""
+    made = child.Child()
+    assert made.wait(0.0) is None
+    made.stdin.close()
+    os.waitpid(made.pid, 0)
+    assert made.wait() == 0
+    made.stdout.close()
+    done = command(
+        CLIP,
+        TEXT,
+        "--end",
+        "1",
+        before="import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)",
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_where_none_can_be_started_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> int:
+        raise NotImplementedError("no sessions")
+
+    files = len([*Path("/proc/self/fd").iterdir()])
+    monkeypatch.setattr(os, "posix_spawn", refuse)
+    with pytest.raises(OSError, match="no sessions"):
+        child.Child()
+    child.start_early()
+    assert child.take_early() is None
+    assert len([*Path("/proc/self/fd").iterdir()]) == files
+
+
 @pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- 2>&-"])
 def test_closed_streams_do_not_keep_a_clip_from_being_read(closed: str) -> None:
     code = "from mse_runtime.entry import mse_run; mse_run()"

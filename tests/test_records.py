@@ -84,6 +84,16 @@ class Kept:
 
 
 @records.dataclass(frozen=True)
+class Equal:
+    """As with theirs, it can be hashed though it has its own way to compare."""
+
+    x: int
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Equal)
+
+
+@records.dataclass(frozen=True)
 class Own:
     """Its own methods stay."""
 
@@ -103,4 +113,11 @@ def test_pickles_hashes_and_methods_of_its_own() -> None:
     assert pickle.loads(pickle.dumps(Kept(1, (2,)))) == Kept(1, (2,))
     assert hash(Kept(1)) == hash(Kept(1)) != hash(Kept(2))
     assert {Kept(1), Kept(1)} == {Kept(1)}
+    assert (Equal(1) == Equal(2), hash(Equal(1)) == hash(Equal(1))) == (True, True)
+    with pytest.raises(TypeError, match="not set by __init__"):
+
+        @records.dataclass(frozen=True)
+        class Late:
+            x: int = field(init=False)
+
     assert (repr(Own(1)), hash(Own(1)), Own(1) == 3) == ("own", 5, True)

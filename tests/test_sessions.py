@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -44,17 +47,31 @@ def test_a_kept_graph_gives_the_same_numbers(graph: Path, folder: Path) -> None:
 
 
 def test_the_kept_graph_is_what_is_loaded(folder: Path) -> None:
-    Session(GRAPHS[0], keep=True)
+    for graph in GRAPHS[:2]:
+        Session(graph, keep=True)
+    one, other = sorted(folder.iterdir(), key=lambda place: place.stat().st_mtime)
+    shutil.copy(other, one)
+    found = Session(GRAPHS[0], keep=True)
+    assert found.input_shapes == Session(GRAPHS[1]).input_shapes != Session(GRAPHS[0]).input_shapes
+
+
+def test_a_damaged_graph_is_made_anew(folder: Path) -> None:
+    """A page of zeros among the weights, say, with which it would still load."""
+    whole = answers(Session(GRAPHS[0], keep=True))
     (place,) = folder.iterdir()
-    shutil.copy(GRAPHS[1], place)
-    other = Session(GRAPHS[0], keep=True)
-    assert other.input_shapes == Session(GRAPHS[1]).input_shapes
-    for damaged in (b"", b"no graph", GRAPHS[0].read_bytes()[:-1000]):
+    good = place.read_bytes()
+    middle = len(good) // 2
+    zeroed = good[:middle] + bytes(4096) + good[middle + 4096 :]
+    for damaged in (b"", b"no", b"no graph", good[:-1000], zeroed, zlib_sum(b"no graph")):
         place.write_bytes(damaged)
-        found = Session(GRAPHS[0], keep=True)
-        assert found.input_shapes == Session(GRAPHS[0]).input_shapes
-        assert place.stat().st_size > 10_000
+        for found, expected in zip(answers(Session(GRAPHS[0], keep=True)), whole, strict=True):
+            np.testing.assert_array_equal(found, expected)
         assert [*folder.iterdir()] == [place]
+        assert sessions._read(place)
+
+
+def zlib_sum(data: bytes) -> bytes:
+    return zlib.crc32(data).to_bytes(4, "little") + data
 
 
 def test_a_graph_that_changed_is_optimised_anew(folder: Path, tmp_path: Path) -> None:
@@ -88,5 +105,20 @@ def test_without_a_folder_the_graph_itself_is_loaded(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tempfile.NamedTemporaryFile", full)
-    assert Session(GRAPHS[0], keep=True).inputs
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.TemporaryDirectory", full)
+        assert Session(GRAPHS[0], keep=True).inputs
+    for method in ("read_bytes", "mkdir"):  # a folder of somebody else's
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, method, full)
+            assert Session(GRAPHS[0], keep=True).inputs
+    assert not [*folder.iterdir()]
+
+
+def test_what_an_ended_process_left_goes_in_time(folder: Path) -> None:
+    for name, age in (("part-old", 7200), ("part-new", 60)):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "graph.onnx").touch()
+        os.utime(folder / name, (time.time() - age, time.time() - age))
+    Session(GRAPHS[0], keep=True)
+    assert {place.name for place in folder.iterdir() if place.is_dir()} == {"part-new"}

@@ -131,7 +131,7 @@ def _header(source: Path, table: list[GgufTensor], target: Quant) -> bytes:
             key = scan.text("a metadata key")
             kind = scan.u32("a metadata entry")
             if kind == ARRAY:
-                scan.skip_array("a metadata array")
+                scan.skip_array(scan.at, "a metadata array")
             else:
                 scan.scalar(kind, "a metadata entry")
             if key not in (*own, "general.alignment"):

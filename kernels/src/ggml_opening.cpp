@@ -7,6 +7,7 @@
 //
 // `ggml_backend_buffer_clear` fills a new cache with zeros, page after page, though fresh pages are zero and
 // most of a cache's are never used. Ours gives the pages back: those that are touched later come as zeros.
+#include <dlfcn.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -56,9 +57,19 @@ std::atomic<bool> known{false};
 std::atomic<uint64_t> headers{0}, bytes{0};
 thread_local const Header *header = nullptr;
 
-[[noreturn]] void unknown() {  // nothing that could be returned would be told from a result
-  fputs("mse_ggml: llama.cpp opens a model before its own functions are known\n", stderr);
-  abort();
+// The function of that name for the library that calls at `caller`, while llama.cpp's are not known: another
+// package's llama.cpp may be bound to ours, too. A library's handle finds what it is linked with, not ours.
+template <typename Function>
+Function find(const char *name, void *caller) {
+  Dl_info about;
+  void *library = dladdr(caller, &about) ? dlopen(about.dli_fname, RTLD_LAZY | RTLD_NOLOAD) : nullptr;
+  void *found = library ? dlsym(library, name) : nullptr;
+  if (!found) {  // nothing that could be returned would be told from a result
+    fprintf(stderr, "mse_ggml: %s is called before llama.cpp's own is known\n", name);
+    abort();
+  }
+  dlclose(library);  // whoever calls keeps it
+  return reinterpret_cast<Function>(found);
 }
 
 // What of [at, at + n) lies in [begin, begin + size), from `from`.
@@ -93,7 +104,8 @@ EXPORT uint64_t mse_opening_headers(void) { return headers.load(std::memory_orde
 EXPORT uint64_t mse_opening_bytes(void) { return bytes.load(std::memory_order_relaxed); }
 
 EXPORT File *gguf_init_from_file(const char *path, Params params) noexcept {
-  if (!known.load(std::memory_order_acquire)) unknown();
+  if (!known.load(std::memory_order_acquire))
+    return find<decltype(theirs.from_file)>("gguf_init_from_file", __builtin_return_address(0))(path, params);
   if (const Header *h = header; h && !strcmp(h->path, path)) {
     File *found = theirs.from_callback(&read, const_cast<Header *>(h), SIZE_MAX, h->data, params);
     if (found && theirs.data_offset(found) == h->data) {
@@ -109,7 +121,8 @@ EXPORT File *gguf_init_from_file(const char *path, Params params) noexcept {
 }
 
 EXPORT void ggml_backend_buffer_clear(Buffer *buffer, uint8_t value) noexcept {
-  if (!known.load(std::memory_order_acquire)) unknown();
+  if (!known.load(std::memory_order_acquire))
+    return find<decltype(theirs.clear)>("ggml_backend_buffer_clear", __builtin_return_address(0))(buffer, value);
   // "CPU" is memory from malloc, which no file and no other process shares.
   if (value == 0 && theirs.name && theirs.base && theirs.size && !strcmp(theirs.name(buffer), "CPU")) {
     const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));

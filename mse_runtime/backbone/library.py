@@ -11,7 +11,7 @@ import sys
 import threading
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -169,12 +169,13 @@ def without_arrays(gguf: Gguf, prefix: str) -> Iterator[Path]:
     Raises BackboneError where the file is not the one that was opened.
     """
     path = gguf.same_file()  # by its name another could be there, which has not this header
-    if not _shortens:
-        yield path
-        return
-    from mse_kernels.opening import shortened
+    with ExitStack() as stack:
+        if _shortens:
+            from mse_kernels.opening import shortened
 
-    with shortened(os.fsencode(path), *gguf.header_without(prefix)):
+            with suppress(BackboneError):
+                short = gguf.header_without(prefix)
+                stack.enter_context(shortened(os.fsencode(path), *short))
         yield path
 
 

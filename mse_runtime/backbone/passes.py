@@ -41,22 +41,24 @@ class Passes(Sequences):
         """For passes beside other work: they leave it a core, and can be stopped.
 
         Gives a function that any thread may call, while this lasts or later: a pass that runs then
-        raises StoppedError, the sequence being left as it was, and so do those that follow. It does
-        nothing where the kernels' library is missing. No other thread may begin a pass meanwhile.
+        raises StoppedError, the sequence being left as it was, and so do those that follow. Without
+        the kernels' library neither is so. Other threads wait with their passes meanwhile.
         """
         with self._lock:
             self._check_open()
-            usual, stop = int(self.info["threads"]), _stop()
+            stop = _stop()
+            if stop is None:
+                yield _nothing
+                return
+            kind, usual = self._lib.ggml_abort_callback, int(self.info["threads"])
             fewer = max(1, usual - 1)
-            self._lib.llama_set_n_threads(self._context, fewer, fewer)
-            if stop is not None:
-                callback = ctypes.cast(stop.callback, self._lib.ggml_abort_callback)
-                self._lib.llama_set_abort_callback(self._context, callback, stop.user_data)
             try:
-                yield stop.set if stop is not None else _nothing
+                self._lib.llama_set_n_threads(self._context, fewer, fewer)
+                callback = ctypes.cast(stop.callback, kind)
+                self._lib.llama_set_abort_callback(self._context, callback, stop.user_data)
+                yield stop.set
             finally:
-                none = self._lib.ggml_abort_callback()
-                self._lib.llama_set_abort_callback(self._context, none, None)
+                self._lib.llama_set_abort_callback(self._context, kind(), None)
                 self._lib.llama_set_n_threads(self._context, usual, usual)
 
     def _decode(self, entries: Entries, before: dict[int, int], only: Ids | None = None) -> Floats:

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from _thread import allocate_lock as Lock
 from contextlib import suppress
 
 TYPE_CHECKING = False  # see above
@@ -18,9 +19,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Child", "can_help", "start_early", "take_early"]
 
-# The parent's import path, not the current folder: a file beside the clips is not a module.
+# No files of the parent's. Its import path, not the current folder: a file beside the clips is no
+# module.
 CODE = (
-    "import sys; sys.path[:] = [p for p in sys.argv.pop(1).split('\\n') if p]; "
+    "import os, sys; os.closerange(3, os.sysconf('SC_OPEN_MAX')); "
+    "sys.path[:] = [p for p in sys.argv.pop(1).split('\\n') if p]; "
     "from mse_runtime.features.worker import main; main()"
 )
 _early: Child | None = None
@@ -36,14 +39,19 @@ class Child:
     def __init__(self, memory_mb: int | None = None, *, verbose: bool = False) -> None:
         """memory_mb: limit on its address space. verbose: its stderr is this process's.
 
-        Raises OSError where the system allows no more processes.
+        Raises OSError where the system allows no more processes, or cannot start them so.
         """
+        known = "\n".join(path for path in sys.path if "\n" not in path)
         arguments = [
-            sys.executable, "-P", "-c", CODE, "\n".join(sys.path), str(memory_mb or 0),
-            str(os.getpid()),
+            sys.executable, "-P", "-c", CODE, known, str(memory_mb or 0), str(os.getpid())
         ]  # fmt: skip
         their_in, our_out = os.pipe()
-        our_in, their_out = os.pipe()
+        try:
+            our_in, their_out = os.pipe()
+        except OSError:
+            os.close(their_in)
+            os.close(our_out)
+            raise
         # The pipe's ends first: one may be 2 where the shell has closed that.
         actions: list[tuple[Any, ...]] = [
             (os.POSIX_SPAWN_DUP2, their_in, 0),
@@ -61,33 +69,46 @@ class Child:
                 setsid=True,  # Ctrl-C is the parent's to handle
                 setsigdef=[signal.SIGPIPE],
             )
-        except BaseException:
+        except BaseException as error:
             os.close(our_out)
             os.close(our_in)
+            if isinstance(error, NotImplementedError):  # a C library without sessions here
+                raise OSError(str(error)) from error
             raise
         finally:
             os.close(their_in)
             os.close(their_out)
         self._code: int | None = None
+        self._asked = Lock()
         self.stdin, self.stdout = os.fdopen(our_out, "wb"), os.fdopen(our_in, "rb")
 
     def wait(self, seconds: float = float("inf")) -> int | None:
-        """Its exit code, minus a signal's number; None where it still runs then."""
+        """Its exit code, minus a signal's number; None where it still runs then.
+
+        0 where somebody else has asked the system, which says it once.
+        """
         end, pause = time.monotonic() + seconds, 0.0005
-        while self._code is None:
-            found, status = os.waitpid(self.pid, os.WNOHANG)
-            if found:
-                self._code = os.waitstatus_to_exitcode(status)
-            elif (left := end - time.monotonic()) <= 0:
-                return None
-            else:
-                time.sleep(min(pause, left))
-                pause = min(2 * pause, 0.05)
-        return self._code
+        while (code := self._ended()) is None and (left := end - time.monotonic()) > 0:
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, 0.05)
+        return code
 
     def kill(self) -> None:
         """End it, and what a hostile clip had it start."""
-        os.killpg(self.pid, signal.SIGKILL)
+        with self._asked, suppress(OSError):
+            if self._code is None:  # otherwise the number may be another's by now
+                os.killpg(self.pid, signal.SIGKILL)
+
+    def _ended(self) -> int | None:
+        with self._asked:
+            if self._code is None:
+                try:
+                    found, status = os.waitpid(self.pid, os.WNOHANG)
+                except ChildProcessError:
+                    found, status = self.pid, 0
+                if found:
+                    self._code = os.waitstatus_to_exitcode(status)
+            return self._code
 
 
 def can_help() -> bool:

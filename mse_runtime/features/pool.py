@@ -201,8 +201,7 @@ class _Worker:
         with contextlib.suppress(OSError):
             process.stdin.close()
         if process.wait(0.05) is None:
-            with contextlib.suppress(OSError):
-                process.kill()
+            process.kill()
             process.wait()
         with contextlib.suppress(OSError):
             process.stdout.close()

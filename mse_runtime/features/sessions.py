@@ -7,8 +7,10 @@ kept in the cache folder, for this ONNX Runtime and this processor.
 from __future__ import annotations
 
 import hashlib
+import shutil
 import tempfile
-from contextlib import suppress
+import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,9 @@ from mse_runtime.errors import BundleError, UsageError
 
 __all__ = ["Session"]
 
-FOLDER, KEEP = "graphs", 12
+FOLDER, KEEP, PART = "graphs", 12, "part-"
+_SUM = 4  # bytes of the checksum before a kept graph
+_LONG = 3600  # seconds that none takes to be written
 
 
 class Session:
@@ -67,7 +71,7 @@ class Session:
         return result
 
 
-def _load(ort: Any, path: Path, threads: int, **more: Any) -> Any:
+def _load(ort: Any, graph: Path | bytes, threads: int, **more: Any) -> Any:
     """more: what else is set in the session's options."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = max(1, threads)
@@ -76,37 +80,28 @@ def _load(ort: Any, path: Path, threads: int, **more: Any) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     for name, value in more.items():
         setattr(options, name, value)
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    source = graph if isinstance(graph, bytes) else str(graph)
+    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 def _kept(ort: Any, path: Path, threads: int) -> Any:
     """A session of the kept graph, or of `path`, whose optimised graph is kept from then on."""
     place = _place(ort, path)
-    if place.is_file():
+    if graph := _read(place):
         as_it_is = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
-            return _load(ort, place, threads, graph_optimization_level=as_it_is)
-        except Exception:  # damaged: it is made anew
-            with suppress(OSError):
-                place.unlink()
-    try:
+            return _load(ort, graph, threads, graph_optimization_level=as_it_is)
+        except Exception:  # this one cannot: it is made anew
+            pass
+    try:  # a folder that cannot be written costs time, nothing else
         place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=place.parent, suffix=".part", delete=False) as made:
-            part = Path(made.name)
-    except OSError:  # a folder that cannot be written costs time, nothing else
+        with tempfile.TemporaryDirectory(dir=place.parent, prefix=PART) as folder:
+            made = Path(folder) / "graph.onnx"
+            session = _load(ort, path, threads, optimized_model_filepath=str(made))
+            _write(made.read_bytes(), Path(folder) / "kept", place)
+            return session
+    except Exception:  # no folder, no space left, or no graph: that is told below
         return _load(ort, path, threads)
-    try:
-        session = _load(ort, path, threads, optimized_model_filepath=str(part))
-    except Exception:  # no graph, or no space left for its copy
-        with suppress(OSError):
-            part.unlink()
-        return _load(ort, path, threads)
-    with suppress(OSError):
-        part.replace(place)
-        kept = sorted(place.parent.glob("*.onnx"), key=lambda file: file.stat().st_mtime)
-        for old in kept[:-KEEP]:
-            old.unlink()
-    return session
 
 
 def _place(ort: Any, path: Path) -> Path:
@@ -114,3 +109,24 @@ def _place(ort: Any, path: Path) -> Path:
     facts = (str(path.resolve()), stat.st_size, stat.st_mtime_ns, ort.__version__, cpu.model())
     name = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
     return cache_dir() / FOLDER / f"{name}.onnx"
+
+
+def _read(place: Path) -> bytes:
+    """The kept graph; none where there is none, or a damaged one."""
+    try:
+        kept = place.read_bytes()
+    except OSError:
+        return b""
+    graph = kept[_SUM:]
+    return graph if zlib.crc32(graph).to_bytes(_SUM, "little") == kept[:_SUM] else b""
+
+
+def _write(graph: bytes, part: Path, place: Path) -> None:
+    part.write_bytes(zlib.crc32(graph).to_bytes(_SUM, "little") + graph)
+    part.replace(place)
+    kept = sorted(place.parent.glob("*.onnx"), key=lambda file: file.stat().st_mtime)
+    for old in kept[:-KEEP]:
+        old.unlink()
+    for left in place.parent.glob(f"{PART}*"):  # of processes that were ended meanwhile
+        if left.stat().st_mtime < time.time() - _LONG:
+            shutil.rmtree(left, ignore_errors=True)
