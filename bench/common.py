@@ -207,7 +207,7 @@ def machine_ready(folder: Path) -> None:
     A virtual machine gives both back to its host within seconds. Getting them again may take
     longer than everything else that a new process does, or no time at all: a throw of dice. Nor is
     it all one how the cache has a file: in large pieces where it was read in one go, page by page
-    where parts of it went and came again, which costs a process .05 s for each gigabyte.
+    where it was written, or parts of it went and came again; that takes a process longer to map.
     """
     for path in folder.glob("*.gguf"):
         _read(path)

@@ -183,7 +183,7 @@ def _forget_pages(file: int) -> None:
     """Let the next reader, who hashes it for the manifest, get the file from the disk.
 
     It sees what is really there. And Linux keeps in large pieces what it reads ahead, but page by
-    page what was written: a model of a gigabyte takes .03 s to map then, and as long to unmap.
+    page what was written, which takes every process longer to map.
     """
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
