@@ -1,7 +1,7 @@
 """`dataclass` for modules that every command imports: a start makes forty such classes.
 
-The standard library compiles six methods for each; here all but `__init__` are the same. Fields, `replace`, `is_dataclass` and type checkers know these
-classes as dataclasses.
+The standard library compiles six methods for each; here all but `__init__` are the same. Fields,
+`replace`, `is_dataclass` and type checkers know these classes as dataclasses.
 """
 
 from __future__ import annotations
