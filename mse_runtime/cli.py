@@ -467,6 +467,12 @@ def main() -> None:
         leave(130, "mse-run: interrupted")
     except BrokenPipeError:
         leave(0)
+    except RuntimeError as error:
+        if "start new thread" not in str(error):  # Python has no class of its own for it
+            raise
+        leave(
+            5, "mse-run: the system allows no more threads: end other programs, or raise ulimit -u."
+        )
     except OSError as error:
         if error.filename is not None or error.errno != errno.ENOSPC:
             raise

@@ -10,6 +10,7 @@ are really there before anything is read or allocated.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import mmap
@@ -221,7 +222,8 @@ class Gguf:
     def close(self) -> None:
         """Unmap the file. Arrays handed out before are copies and stay valid."""
         if self._map is not None and self._file is not None:
-            with MAPPINGS:
+            # Still looked at where an error is on its way up: then it goes with that.
+            with MAPPINGS, contextlib.suppress(BufferError):
                 self._map.close()
             self._file.close()
             self._map = self._file = None
@@ -321,7 +323,8 @@ class Gguf:
         """The header without the arrays whose keys begin with `prefix`.
 
         A text of zeros at the end of the metadata takes their room, so that the tensors' data stay
-        where they are. Raises BackboneError where the arrays are too short for that.
+        where they are. Raises BackboneError where the arrays are too short for that, or such a text
+        is there already.
         """
         mapped, (metadata, table, data) = self._mapped(), self._header
         gaps = sorted(
@@ -331,7 +334,8 @@ class Gguf:
         )
         filler = struct.pack("<Q", len(_FILLER)) + _FILLER + struct.pack("<I", STRING)
         left = sum(end - start for start, end in gaps) - len(filler) - 8
-        if left < 0:
+        taken = _FILLER.decode() in {*self.metadata, *self._arrays}
+        if left < 0 or taken:
             raise BackboneError(f"{self.path} has no arrays {prefix!r} that could be left out.")
         entries = struct.unpack_from("<Q", mapped, _ENTRIES)[0] - len(gaps) + 1
         starts = [_ENTRIES + 8, *(end for _, end in gaps)]

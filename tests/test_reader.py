@@ -188,6 +188,17 @@ def test_an_early_process_is_used_once_or_ends(monkeypatch: pytest.MonkeyPatch) 
     assert done.stderr.startswith("mse-run: Give a clip and its text")
 
 
+def test_no_more_threads_is_said() -> None:
+    code = (
+        "import threading\n"
+        'def refuse(_): raise RuntimeError("can\'t start new thread")\n'
+        "threading.Thread.start = refuse\n"
+    )
+    done = command(CLIP, TEXT, before=code)
+    assert done.returncode == 5
+    assert done.stderr.startswith("mse-run: the system allows no more threads")
+
+
 def test_a_process_that_reads_once_is_gone_after_its_clip() -> None:
     request = {"path": str(CLIP), "audio_spec": "lld13/1", "face_spec": None, "end": 0.5}
     with FeaturePool(once=True) as pool:

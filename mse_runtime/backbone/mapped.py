@@ -52,8 +52,8 @@ class CopiedPages:
             ):
                 page = np.frombuffer(one, np.uint8)
                 address = page.ctypes.data
-                name = next((name for start, _, name in _mappings() if start == address), None)
                 del page  # the mapping cannot be closed while it is looked at
+                name = next((name for start, _, name in _mappings() if start == address), None)
             return None if name is None else cls(name)
         except (OSError, ValueError):
             return None

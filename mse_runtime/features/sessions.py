@@ -118,11 +118,16 @@ def _read(place: Path) -> bytes:
     except OSError:
         return b""
     graph = kept[_SUM:]
-    return graph if zlib.crc32(graph).to_bytes(_SUM, "little") == kept[:_SUM] else b""
+    return graph if kept[:_SUM] == _sum(place, graph) else b""
+
+
+def _sum(place: Path, graph: bytes) -> bytes:
+    """A checksum of the graph and of what it is kept as."""
+    return zlib.crc32(graph, zlib.crc32(place.name.encode())).to_bytes(_SUM, "little")
 
 
 def _write(graph: bytes, part: Path, place: Path) -> None:
-    part.write_bytes(zlib.crc32(graph).to_bytes(_SUM, "little") + graph)
+    part.write_bytes(_sum(place, graph) + graph)
     part.replace(place)
     kept = sorted(place.parent.glob("*.onnx"), key=lambda file: file.stat().st_mtime)
     for old in kept[:-KEEP]:
