@@ -359,8 +359,16 @@ def test_ctrl_c_while_the_model_loads_stops_at_once(
     pool: FeaturePool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = feature_rows(tmp_path, 1)
+
+    def interrupted() -> None:  # whoever started the tests may have had Ctrl-C ignored
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.signal(signal.SIGINT, before)
+
     with Analyzer.open("tiny", adapter="onnx") as analyzer:
-        monkeypatch.setattr(analyzer, "ready", lambda: signal.raise_signal(signal.SIGINT))
+        monkeypatch.setattr(analyzer, "ready", interrupted)
         with Journal(tmp_path / "out.jsonl", rows) as journal, pytest.raises(KeyboardInterrupt):
             run(analyzer, rows, journal, pool)
 
