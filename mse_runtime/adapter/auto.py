@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mse_runtime import cache
+from mse_runtime import cache, cpu
 from mse_runtime.adapter.backends import Adapter, Inputs, Provider, open_backend
 from mse_runtime.bundle import Bundle
 from mse_runtime.errors import DeviceError, MSEError
@@ -154,7 +154,7 @@ def _key(bundle: Bundle, threads: int, provider: Provider) -> str:
     shape = [info.n_pseudo, info.n_embd, info.audio_dim, info.face_dim]
     shape += [info.audio_hidden, info.face_hidden]
     libraries = [_stamp(name) for name in _LIBRARIES]
-    parts = [shape, threads, provider, platform.machine(), cpu_model(), libraries]
+    parts = [shape, threads, provider, platform.machine(), cpu.model(), libraries]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -169,18 +169,6 @@ def _stamp(name: str) -> list[int]:
     except (OSError, ValueError):
         return []
     return [number for stat in stats for number in (stat.st_mtime_ns, stat.st_size, stat.st_ino)]
-
-
-def cpu_model() -> str:
-    """The CPU's name as the kernel gives it, or the platform's."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:  # noqa: PTH123
-            for line in lines:
-                if line.startswith(("model name", "Model")):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor()
 
 
 def _alive(pid: object) -> bool:

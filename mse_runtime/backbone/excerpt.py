@@ -27,12 +27,14 @@ from mse_runtime.backbone.text import Speller, load_vocabulary
 from mse_runtime.errors import BackboneError
 from mse_runtime.gguf import Gguf
 
-__all__ = ["RULES", "Excerpt", "agrees", "ends", "possible"]
+__all__ = ["KEY", "RULES", "Excerpt", "agrees", "ends", "possible"]
 
 RULES = 1
 """Of what is in an excerpt: another number where that changes."""
 
-_KEY = "tokenizer.ggml."
+KEY = "tokenizer.ggml."
+"""What all of a vocabulary's metadata begin with."""
+
 _MODEL, _NORMAL = "gpt2", 1
 _WORTH, _MOST_TEXT = 50_000, 1 << 14  # tokens; bytes
 _FIRST = 16  # ids that stay what they are: llama.cpp's default of a special token is 11
@@ -63,17 +65,17 @@ def possible(gguf: Gguf) -> bool:
         sys.platform == "linux"
         and hasattr(os, "memfd_create")
         and gguf.arch in ARCHITECTURES
-        and gguf.metadata.get(f"{_KEY}model") == _MODEL
-        and gguf.array_length(f"{_KEY}tokens") >= _WORTH
-        and gguf.array_length(f"{_KEY}tokens") == gguf.n_vocab
-        and gguf.array_length(f"{_KEY}token_type") == gguf.n_vocab
+        and gguf.metadata.get(f"{KEY}model") == _MODEL
+        and gguf.array_length(f"{KEY}tokens") >= _WORTH
+        and gguf.array_length(f"{KEY}tokens") == gguf.n_vocab
+        and gguf.array_length(f"{KEY}token_type") == gguf.n_vocab
         and all(0 <= token < gguf.n_vocab for token in ends(gguf))
     )
 
 
 def ends(gguf: Gguf) -> tuple[int, int]:
     """BOS and EOS as the file names them; -1 where it does not, and llama.cpp has its own idea."""
-    bos, eos = (gguf.metadata.get(f"{_KEY}{name}_token_id") for name in ("bos", "eos"))
+    bos, eos = (gguf.metadata.get(f"{KEY}{name}_token_id") for name in ("bos", "eos"))
     return bos if isinstance(bos, int) else -1, eos if isinstance(eos, int) else -1
 
 
@@ -89,15 +91,15 @@ class Excerpt:
         spelled = _END.join(one.decode("latin-1").translate(_LETTERS) for one in raw).encode()
         if len(spelled) > _MOST_TEXT:
             raise BackboneError(f"{len(spelled)} bytes of text are too much for an excerpt.")
-        types = gguf.numbers(f"{_KEY}token_type")
+        types = gguf.numbers(f"{KEY}token_type")
         always = types != _NORMAL
         always[:_FIRST] = True
         named = _named(gguf)
         always[list(named.values())] = True
         # Special tokens are looked for as they are, others in the letters for bytes.
         within = _END.encode().join((spelled, *raw))
-        tokens = gguf.strings_within(f"{_KEY}tokens", within, always=always)
-        merges = gguf.strings_within(f"{_KEY}merges", spelled, pairs=True)
+        tokens = gguf.strings_within(f"{KEY}tokens", within, always=always)
+        merges = gguf.strings_within(f"{KEY}merges", spelled, pairs=True)
         self._ids = np.array([number for number, _ in tokens], np.int32)
         said = _END.encode().join(raw)
         self._special = [
@@ -152,11 +154,11 @@ def agrees(lib: Any, gguf: Gguf, whole: Speller, texts: Iterable[str]) -> bool:
 
 def _named(gguf: Gguf) -> dict[str, int]:
     """The special ids that the metadata name."""
-    count = gguf.array_length(f"{_KEY}tokens")
+    count = gguf.array_length(f"{KEY}tokens")
     return {
         key: value
         for key, value in gguf.metadata.items()
-        if key.startswith(_KEY) and key.endswith("_token_id")
+        if key.startswith(KEY) and key.endswith("_token_id")
         and isinstance(value, int) and 0 <= value < count
     }  # fmt: skip
 
@@ -165,17 +167,17 @@ def _load(
     lib: Any, gguf: Gguf, tokens: list[bytes], types: NDArray[np.int32], merges: list[bytes],
     named: dict[str, int],
 ) -> Any:  # fmt: skip
-    strings = {"general.architecture": gguf.arch, f"{_KEY}model": _MODEL}
-    for key in ("general.name", f"{_KEY}pre"):
+    strings = {"general.architecture": gguf.arch, f"{KEY}model": _MODEL}
+    for key in ("general.name", f"{KEY}pre"):
         if isinstance(value := gguf.metadata.get(key), str):
             strings[key] = value
     entries = [
         _string(key) + struct.pack("<I", 8) + _string(value) for key, value in strings.items()
     ]
     entries += [_string(key) + struct.pack("<II", 4, number) for key, number in named.items()]
-    entries += [_array(f"{_KEY}tokens", tokens), _array(f"{_KEY}merges", merges)]
+    entries += [_array(f"{KEY}tokens", tokens), _array(f"{KEY}merges", merges)]
     head = struct.pack("<IIQ", 9, 5, len(types))
-    entries.append(_string(f"{_KEY}token_type") + head + types.tobytes())
+    entries.append(_string(f"{KEY}token_type") + head + types.tobytes())
     data = b"GGUF" + struct.pack("<IQQ", 3, 0, len(entries)) + b"".join(entries)
     try:  # in memory: what somebody said has no business in a file
         with os.fdopen(os.memfd_create("excerpt.gguf"), "wb") as file:

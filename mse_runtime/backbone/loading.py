@@ -13,6 +13,7 @@ from typing import Any
 
 from mse_runtime import cpu
 from mse_runtime.backbone import library
+from mse_runtime.backbone.excerpt import KEY
 from mse_runtime.backbone.file_checks import check_file, may_repack, repacking_pays
 from mse_runtime.backbone.head import make_tap
 from mse_runtime.backbone.mapped import STEP, CopiedPages
@@ -32,7 +33,6 @@ _KV_TYPES = {"f32": 0, "f16": 1}
 _MMAP, _READ = 1, 0  # llama_load_mode
 _PLAIN_ROPE = {-1, 0, 2}  # none, norm, neox; the others take several positions for each token
 _BUFFER = re.compile(r":\s+(\S+)\s+(model|KV|compute|output) buffer size\s*=\s*([\d.]+) MiB")
-_VOCABULARY = "tokenizer.ggml."
 _LOADING = threading.Lock()
 """Models load in turns: llama.cpp unmaps parts of files at the end (see `CopiedPages`)."""
 _REPACKED = "CPU_REPACK model"
@@ -196,7 +196,7 @@ def _load_weights(
     params = lib.llama_model_default_params()
     if not vocabulary:
         none = (lib.llama_model_kv_override * 3)()  # the last one, without a key, ends them
-        none[0].key, none[0].tag = f"{_VOCABULARY}model".encode(), lib.LLAMA_KV_OVERRIDE_TYPE_STR
+        none[0].key, none[0].tag = f"{KEY}model".encode(), lib.LLAMA_KV_OVERRIDE_TYPE_STR
         none[0].value.val_str = b"no_vocab"
         none[1].key, none[1].tag = (
             f"{gguf.arch}.vocab_size".encode(),
@@ -230,7 +230,7 @@ def _load_weights(
     if progress is not None:
         progress(0.0)  # llama.cpp's own first call is after the file is mapped, and read
     # With a vocabulary of our own llama.cpp need not read the file's.
-    file = nullcontext(gguf.path) if vocabulary else library.without_arrays(gguf, _VOCABULARY)
+    file = nullcontext(gguf.path) if vocabulary else library.without_arrays(gguf, KEY)
     with _LOADING, file as path:
         model = lib.llama_model_load_from_file(os.fsencode(path), params)
     if raised:
